@@ -1,0 +1,1 @@
+"""Everything that is true in Redis: keys, states, transitions, codec, connections, results, backlog, registry."""

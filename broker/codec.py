@@ -1,0 +1,83 @@
+"""The signed envelope around every pickled (or JSON) body that goes through Redis.
+
+    byte 0      version, 1
+    byte 1      "p" pickle, or "j" JSON
+    bytes 2-17  BLAKE2b of 16 bytes, keyed with the secret, personalised with the kind, over
+                namespace 0 tag 0 method 0 ref format body        (0 is a zero byte; method is empty but for requests)
+    bytes 18-   body
+
+Whoever moves a body to another ref, method, deployment, namespace or kind breaks its signature. Nothing is unpickled
+before it was verified.
+"""
+
+import hashlib
+import json
+from functools import lru_cache
+from typing import Any, Literal
+
+from millstream.broker import pickling
+from millstream.errors import SignatureError
+
+VERSION = 1
+HEADER_BYTES = 18
+Kind = Literal["request", "value", "error", "definition", "check"]
+
+_PICKLE, _JSON = b"\x01p", b"\x01j"
+
+
+class Codec:
+    """Seals and opens the bodies of one deployment (or `put` tag). Get one with `codec_for`."""
+
+    __slots__ = ("_seeds", "tag")
+
+    def __init__(self, secret_key: bytes, namespace: str, tag: str) -> None:
+        self.tag = tag
+        subject = f"{namespace}\0{tag}\0".encode()
+        # A copy of a keyed and fed hash costs 1.1 us where a new one costs 1.9.
+        self._seeds = {
+            kind: hashlib.blake2b(subject, key=secret_key, digest_size=16, person=f"ms {kind}".encode())
+            for kind in ("request", "value", "error", "definition", "check")
+        }
+
+    def _sign(self, kind: Kind, method: bytes, ref: bytes, form: bytes, body: bytes) -> bytes:
+        seed = self._seeds[kind].copy()
+        seed.update(b"%b\0%b%b" % (method, ref, form))
+        seed.update(body)
+        return seed.digest()
+
+    def seal(self, kind: Kind, ref: bytes, body: bytes, method: bytes = b"") -> bytes:
+        """The envelope of a pickled body."""
+        return b"%b%b%b" % (_PICKLE, self._sign(kind, method, ref, b"p", body), body)
+
+    def seal_json(self, kind: Kind, ref: bytes, value: Any, method: bytes = b"") -> bytes:
+        """The envelope of a JSON body; for callers in other languages."""
+        body = json.dumps(value).encode()
+        return b"%b%b%b" % (_JSON, self._sign(kind, method, ref, b"j", body), body)
+
+    def open(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> Any:
+        """Verify and decode. Raises SignatureError, and then has not looked at the body."""
+        form, body = self.verify(kind, ref, envelope, method)
+        return pickling.load(body) if form == b"p" else json.loads(body)
+
+    def verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> tuple[bytes, bytes]:
+        """(form, body) of an envelope that is what it claims to be. Raises SignatureError."""
+        form, body = envelope[1:2], envelope[HEADER_BYTES:]
+        if envelope[:1] != b"\x01" or form not in (b"p", b"j"):
+            raise self._refusal(kind, ref, "is not an envelope of version 1")
+        if self._sign(kind, method, ref, form, body) != envelope[2:HEADER_BYTES]:
+            raise self._refusal(kind, ref, "does not bear this installation's signature")
+        return form, body
+
+    def _refusal(self, kind: str, ref: bytes, why: str) -> SignatureError:
+        ref_id = f"{self.tag}~{ref.decode(errors='replace')}"
+        return SignatureError(
+            f"the {kind} stored for {ref_id} {why} and was not opened; "
+            "check that every process uses the same MILLSTREAM_SECRET_KEY",
+            ref_id=ref_id,
+        )
+
+
+@lru_cache(maxsize=4096)
+def codec_for(secret_key: bytes, namespace: str, tag: str) -> Codec:
+    """The codec of one deployment; made once per process."""
+    return Codec(secret_key, namespace, tag)

@@ -1,0 +1,78 @@
+"""Connections for everything but the hot path, over redis-py: control plane, autoscaler, dashboard, CLI."""
+
+import random
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import redis.asyncio
+import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+
+from millstream.broker.link import explain
+from millstream.broker.scripts import Call
+from millstream.config import Settings, redact
+from millstream.errors import BrokerUnavailableError
+
+T = TypeVar("T")
+Control = redis.asyncio.Redis
+
+# What counts as "the server is down", as opposed to "the server said no".
+DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError)
+
+
+def open_control(settings: Settings, name: str) -> Control:
+    """A lazy client; nothing is sent yet. Close it with `aclose()`.
+
+    redis-py 8 repeats every command 10 times by default. Ours repeats a few times, quickly: all that goes this way is
+    idempotent, and loops have a backoff of their own.
+    """
+    return redis.asyncio.Redis.from_url(
+        settings.url,
+        protocol=2,
+        client_name=name,
+        socket_connect_timeout=5.0,
+        socket_timeout=10.0,  # longer than any blocking read we make
+        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 3),
+        retry_on_error=[redis.exceptions.ConnectionError],
+    )
+
+
+async def run(client: Control, call: Call[T]) -> T:
+    """Carry out one script. Raises as `explain` and redis-py do."""
+    try:
+        try:
+            reply = await client.evalsha(call.script.sha.decode(), len(call.keys), *call.keys, *call.arguments)
+        except redis.exceptions.NoScriptError:
+            reply = await client.eval(call.script.source.decode(), len(call.keys), *call.keys, *call.arguments)
+    except redis.exceptions.ResponseError as e:
+        raise explain(e) from e
+    return call.read(reply)
+
+
+async def ping(client: Control, settings: Settings) -> None:
+    """Raises BrokerUnavailableError, in one line that names the server, if it does not answer."""
+    try:
+        await client.ping()
+    except (*DOWN, redis.exceptions.ResponseError, OSError) as e:
+        raise BrokerUnavailableError(
+            f"cannot reach the server at {redact(settings.url)}: {e}; is it running, and is the password right?"
+        ) from e
+
+
+def backoff(*, first_s: float = 0.02, most_s: float = 1.0, seed: Any = None) -> Iterator[float]:
+    """Waiting times between attempts to reconnect: doubling to `most_s`, each with full jitter of its upper half."""
+    jitter, delay = random.Random(seed), first_s
+    while True:
+        yield delay * jitter.uniform(0.5, 1.0)
+        delay = min(most_s, delay * 2)
+
+
+async def ensure_groups(client: Control, lanes: tuple[str, ...], group: str) -> None:
+    """Create the lanes' consumer groups, from the beginning of each stream. Twice is as once."""
+    for lane in lanes:
+        try:
+            await client.xgroup_create(lane, group, id="0", mkstream=True)
+        except redis.exceptions.ResponseError as e:
+            if "BUSYGROUP" not in str(e):
+                raise

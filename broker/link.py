@@ -1,0 +1,165 @@
+"""The hot transport: pipelined commands over one TCP or Unix connection, parsed by hiredis, without a task per command.
+
+Commands are answered in order, each by calling its callback with the reply (an exception instance where it failed).
+Reconnecting is the owner's business: a link that is lost stays lost.
+"""
+
+import asyncio
+import functools
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import hiredis
+from redis.asyncio.connection import parse_url
+
+from millstream.broker.scripts import Call
+from millstream.config import Settings, redact
+from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError
+
+T = TypeVar("T")
+Callback = Callable[[Any], None]
+
+CONNECT_TIMEOUT_S = 5.0  # a server that does not even answer AUTH for so long is down
+pack = hiredis.pack_command
+
+
+class Link(asyncio.Protocol):
+    """One connection. Use it from the loop it was made on."""
+
+    def __init__(self, on_message: Callable[[bytes], None] | None = None) -> None:
+        self._reader = hiredis.Reader()
+        self._callbacks: deque[Callback] = deque()
+        self._on_message = on_message
+        self._transport: asyncio.Transport | None = None
+        self.client_id = 0
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        reader, callbacks = self._reader, self._callbacks
+        reader.feed(data)
+        while (reply := reader.gets()) is not False:
+            if self._on_message is not None and type(reply) is list and reply[0] == b"smessage":
+                self._on_message(reply[2])
+            else:
+                callbacks.popleft()(reply)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if not self.lost.done():
+            self.lost.set_result(None)
+        error = BrokerUnavailableError(f"the connection to the server was lost ({exc or 'closed by the server'})")
+        while self._callbacks:
+            self._callbacks.popleft()(error)
+
+    # commands
+
+    @property
+    def is_up(self) -> bool:
+        return self._transport is not None
+
+    def send(self, callback: Callback, *command: Any) -> None:
+        """Write one command; `callback` gets its reply, or an exception instance. At once if the link is down."""
+        if self._transport is None:
+            callback(BrokerUnavailableError("the connection to the server is down"))
+            return
+        self._callbacks.append(callback)
+        self._transport.write(pack(command))
+
+    def ask(self, *command: Any) -> asyncio.Future[Any]:
+        """As `send`, with a future. Cancelling it does not take the command back."""
+        future: asyncio.Future[Any] = self.lost.get_loop().create_future()
+        self.send(functools.partial(_settle, future), *command)
+        return future
+
+    def start(self, call: Call[T], callback: Callable[[T | Exception], None]) -> None:
+        """Run a script; `callback` gets its reply as read by the call, or an exception instance."""
+
+        def replied(reply: Any) -> None:
+            if not isinstance(reply, Exception):
+                callback(call.read(reply))
+            elif str(reply).startswith("NOSCRIPT"):
+                self.send(replied, *call.full_command())
+            else:
+                callback(explain(reply))
+
+        self.send(replied, *call.command())
+
+    def run(self, call: Call[T]) -> asyncio.Future[T]:
+        """As `start`, with a future."""
+        future: asyncio.Future[T] = self.lost.get_loop().create_future()
+        self.start(call, functools.partial(_settle, future))
+        return future
+
+    def close(self) -> None:
+        """Close at once. Pending callbacks get BrokerUnavailableError."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _settle(future: asyncio.Future[Any], reply: Any) -> None:
+    if future.done():
+        return
+    if isinstance(reply, Exception):
+        future.set_exception(explain(reply))
+    else:
+        future.set_result(reply)
+
+
+def explain(reply: Exception) -> Exception:
+    """An error reply of the server as one of ours, where there is one for it."""
+    text = str(reply)
+    if isinstance(reply, MillstreamError):
+        return reply
+    if text.startswith("OOM"):
+        return BackPressureError(
+            f"the server is out of memory and takes no more requests ({text}); "
+            "wait for the backlog to shrink, or raise its maxmemory"
+        )
+    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN")):
+        return BrokerUnavailableError(f"the server cannot take commands now ({text})")
+    return reply
+
+
+async def dial(settings: Settings, name: str, on_message: Callable[[bytes], None] | None = None) -> Link:
+    """Connect, authenticate, and name the connection. Raises BrokerUnavailableError, within CONNECT_TIMEOUT_S."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await _dial(settings, name, on_message)
+    except (OSError, TimeoutError, hiredis.HiredisError) as e:
+        reason = "no answer" if isinstance(e, TimeoutError) else e
+        raise BrokerUnavailableError(
+            f"cannot reach the server at {redact(settings.url)}: {reason}; is it running, and is the password right?"
+        ) from e
+
+
+async def _dial(settings: Settings, name: str, on_message: Callable[[bytes], None] | None) -> Link:
+    address: dict[str, Any] = dict(parse_url(settings.url))
+    loop = asyncio.get_running_loop()
+
+    def make() -> Link:
+        return Link(on_message)
+
+    if "path" in address:
+        _, link = await loop.create_unix_connection(make, address["path"])
+    else:
+        secure = ssl.create_default_context() if settings.url.startswith("rediss://") else None
+        host, port = address.get("host", "localhost"), address.get("port", 6379)
+        _, link = await loop.create_connection(make, host, port, ssl=secure)
+    try:
+        if address.get("password"):
+            await link.ask("AUTH", *filter(None, (address.get("username"), address["password"])))
+        if address.get("db"):
+            await link.ask("SELECT", address["db"])
+        await link.ask("CLIENT", "SETNAME", name)
+        link.client_id = await link.ask("CLIENT", "ID")
+    except BaseException:
+        link.close()
+        raise
+    return link

@@ -1,0 +1,69 @@
+#!lua flags=allow-oom
+-- release: running -> queued (next attempt, in `returned`) | dead; what one dead replica holds in one lane, 100 at a time.
+-- When nothing is left its consumer is deleted. Twice is as once.
+-- KEYS  1 lane  2 returned  3 open  4 notes  5 result prefix  6 reply prefix  7 dead  8 config  9 lease
+-- ARGV  1 lane name  2 replica  3 cause  4 "died" (seen by its parent) | "expired" (only while it has no lease)
+-- reply {"alive"} | {"released", requeued, buried, more, {ref, waiter, ...}}
+if ARGV[4] == 'expired' and redis.call('EXISTS', KEYS[9]) == 1 then return { 'alive' } end
+local lane, lane_name, replica = KEYS[1], ARGV[1], ARGV[2]
+local limits = redis.call('HMGET', KEYS[8], 'max_attempts', 'result_ttl_s')
+local open, notes, results, replies = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
+--include ending
+local time = redis.call('TIME')
+local cause = { replica = replica, cause = ARGV[3], at_ms = time[1] * 1000 + math.floor(time[2] / 1000) }
+
+local function take(entry)
+  local fields = redis.call('XRANGE', lane, entry, entry)[1][2]
+  local request = {}
+  for i = 1, #fields, 2 do request[fields[i]] = fields[i + 1] end
+  redis.call('XACK', lane, 'replicas', entry)
+  redis.call('XDEL', lane, entry)
+  return request
+end
+
+local function next_attempt(request)
+  local history = cjson.decode(request.history or '[]')
+  request.attempt = tonumber(request.attempt or '1')
+  cause.attempt = request.attempt
+  history[#history + 1] = cause
+  request.attempt, request.history = request.attempt + 1, cjson.encode(history)
+  request.lane = request.lane or lane_name
+end
+
+local function add(stream, request, ...)
+  local fields = {}
+  for name, value in pairs(request) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+  end
+  local arguments = { ... }
+  for _, field in ipairs(fields) do arguments[#arguments + 1] = field end
+  return redis.call('XADD', stream, unpack(arguments))
+end
+
+local requeued, buried = 0, 0
+local pending = redis.pcall('XPENDING', lane, 'replicas', '-', '+', 100, replica)
+if pending.err then return { 'released', 0, 0, 0, {} } end
+for _, row in ipairs(pending) do
+  local entry = row[1]
+  if #redis.call('XRANGE', lane, entry, entry) == 0 then
+    redis.call('XACK', lane, 'replicas', entry)
+  else
+    local request = take(entry)
+    next_attempt(request)
+    if request.attempt > max_attempts then
+      add(KEYS[7], request, 'MAXLEN', '~', 10000, '*')
+      conclude(request.ref, request.reply, 'dead ' .. lane_name .. ' ' .. entry, request.history)
+      buried = buried + 1
+    else
+      local again = add(KEYS[2], request, '*')
+      redis.call('HSET', open, request.ref, 'returned ' .. again)
+      requeued = requeued + 1
+    end
+  end
+end
+publish()
+local more = #pending == 100 and 1 or 0
+if more == 0 then redis.call('XGROUP', 'DELCONSUMER', lane, 'replicas', replica) end
+return { 'released', requeued, buried, more, waiters }

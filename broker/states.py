@@ -1,0 +1,52 @@
+"""The states of a request, a sentence each, and the table of transitions that the scripts carry out."""
+
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """Where a request is. Terminal states are kept under the result key until its TTL."""
+
+    PARKED = "parked"  # waits for refs among its arguments; holds no slot and no place in a queue
+    DELAYED = "delayed"  # waits for its time
+    QUEUED = "queued"  # an entry in a lane that no replica has taken
+    RUNNING = "running"  # an entry in some replica's pending list
+    SUCCEEDED = "succeeded"  # has a value
+    FAILED = "failed"  # its code, or that of a request it depends on, raised
+    DEAD = "dead"  # attempts used up; kept as a dead letter
+
+
+TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD})
+
+
+class Event(StrEnum):
+    """What moves a request. Each is one script."""
+
+    SUBMIT = "submit"  # a caller sends it
+    PARK = "park"  # a caller sends it, with refs that have no value yet
+    DELAY = "delay"  # a caller sends it for later
+    SUPPLY = "supply"  # the last missing value arrived
+    REJECT = "reject"  # a request it depends on failed
+    PROMOTE = "promote"  # its time has come (sweep)
+    CLAIM = "claim"  # a replica takes it
+    HAND_BACK = "hand_back"  # the replica did not start it and gives it back: no attempt
+    RELEASE = "release"  # its replica is dead: next attempt, in the lane `returned`
+    BURY = "bury"  # its replica is dead and its attempts are used up
+    SUCCEED = "succeed"  # finish with a value
+    FAIL = "fail"  # finish with an error
+
+
+# None stands for "unknown to the server". What is not in the table is refused and changes nothing.
+TRANSITIONS: dict[tuple[State | None, Event], State] = {
+    (None, Event.SUBMIT): State.QUEUED,
+    (None, Event.PARK): State.PARKED,
+    (None, Event.DELAY): State.DELAYED,
+    (State.PARKED, Event.SUPPLY): State.QUEUED,
+    (State.PARKED, Event.REJECT): State.FAILED,
+    (State.DELAYED, Event.PROMOTE): State.QUEUED,
+    (State.QUEUED, Event.CLAIM): State.RUNNING,
+    (State.RUNNING, Event.HAND_BACK): State.QUEUED,
+    (State.RUNNING, Event.RELEASE): State.QUEUED,
+    (State.RUNNING, Event.BURY): State.DEAD,
+    (State.RUNNING, Event.SUCCEED): State.SUCCEEDED,
+    (State.RUNNING, Event.FAIL): State.FAILED,
+}

@@ -1,0 +1,262 @@
+"""Settings as small frozen values, checked when they are built. Nothing here does I/O but `find_settings`."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from millstream.errors import BrokerUnavailableError, ConfigError
+
+# A damaged byte is detected with this key, a forged one is not: DESIGN section 5, invariant 10.
+PUBLIC_KEY = b"millstream: this key is public, it detects damage only"
+STATE_FOLDER = ".millstream"
+ADVERT = "server.json"  # in the state folder: where the embedded server listens, and its secret (mode 0600)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Which server, which namespace on it, and which secret signs what is stored there."""
+
+    url: str
+    namespace: str = "ms"
+    secret_key: bytes = field(default=PUBLIC_KEY, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("redis://", "rediss://", "unix://")):
+            raise ConfigError(f"url {redact(self.url)!r} is not a Redis URL; write redis://host:port, rediss:// or unix://")
+        if not self.namespace or not self.namespace.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"namespace {self.namespace!r} must consist of letters, digits, '-' and '_'")
+        if not 1 <= len(self.secret_key) <= 64:
+            raise ConfigError(
+                f"secret_key has {len(self.secret_key)} bytes, must have 1 to 64; for a longer one use its SHA-256"
+            )
+
+    def __repr__(self) -> str:
+        return f"Settings(url={redact(self.url)!r}, namespace={self.namespace!r}, secret_key=<hidden>)"
+
+    @property
+    def is_public(self) -> bool:
+        """True when no secret was set: whoever can write to the server can make replicas run code."""
+        return self.secret_key == PUBLIC_KEY
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that make a child process use the same settings. Not for logs: they hold the secret."""
+        return {
+            "MILLSTREAM_URL": self.url,
+            "MILLSTREAM_NAMESPACE": self.namespace,
+            "MILLSTREAM_SECRET_KEY": "" if self.is_public else self.secret_key.hex(),
+        }
+
+
+def redact(url: str) -> str:
+    """The URL without its password, for messages and logs."""
+    scheme, separator, rest = url.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    return f"{scheme}{separator}{'***@' if at and credentials else ''}{host}"
+
+
+def parse_secret(text: str | bytes | None) -> bytes:
+    """Turn a secret as a person writes it (hex, or any text) into key bytes. None and "" mean the public key."""
+    if not text:
+        return PUBLIC_KEY
+    if isinstance(text, bytes):
+        return text
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return text.encode()
+
+
+def find_settings(
+    url: str | None = None,
+    *,
+    namespace: str | None = None,
+    secret_key: str | bytes | None = None,
+    strict: bool | None = None,
+    state: str | os.PathLike[str] | None = None,
+) -> Settings:
+    """Arguments first, then MILLSTREAM_URL, _NAMESPACE, _SECRET_KEY, then the server advertised in the state folder.
+
+    Raises BrokerUnavailableError when no server is named anywhere, ConfigError when `strict` and no secret is set.
+    """
+    url = url or os.environ.get("MILLSTREAM_URL")
+    secret = secret_key or os.environ.get("MILLSTREAM_SECRET_KEY")
+    if not url:
+        advert = read_advert(state)
+        if advert is None:
+            raise BrokerUnavailableError(
+                "no server to talk to: pass url=, set MILLSTREAM_URL, or start one here with `millstream run module:app`"
+            )
+        url, secret = advert["url"], secret or advert["secret_key"]
+    found = Settings(url, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms", parse_secret(secret))
+    if strict is None:
+        strict = os.environ.get("MILLSTREAM_STRICT", "") not in ("", "0")
+    if strict and found.is_public:
+        raise ConfigError("strict=True but no secret is set: pass secret_key= or set MILLSTREAM_SECRET_KEY")
+    return found
+
+
+def state_folder(state: str | os.PathLike[str] | None = None) -> Path:
+    """The folder where an embedded server keeps its data and address: `state`, MILLSTREAM_STATE, or ./.millstream."""
+    return Path(state or os.environ.get("MILLSTREAM_STATE") or STATE_FOLDER)
+
+
+def read_advert(state: str | os.PathLike[str] | None = None) -> dict[str, Any] | None:
+    """What the embedded server of this state folder says about itself, or None when none has been started."""
+    try:
+        advert: dict[str, Any] = json.loads((state_folder(state) / ADVERT).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as e:
+        raise ConfigError(f"{state_folder(state) / ADVERT} is not readable JSON ({e}); delete it and start again") from e
+    return advert
+
+
+@dataclass(frozen=True, slots=True)
+class AutoscalingConfig:
+    """How many replicas a deployment may have, and what decides within that.
+
+    Field names and meanings are Ray Serve's. `policy="backlog"` (rate plus backlog, Little's law) is the default;
+    `policy="ray"` is Ray's formula, look-back and delays.
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    initial_replicas: int | None = None
+    target_ongoing_requests: float = 2.0
+    policy: Literal["backlog", "ray"] = "backlog"
+    target_queue_latency_s: float = 1.0  # how long a request may wait in the queue before we buy more replicas
+    upscale_delay_s: float = 0.0
+    downscale_delay_s: float = 300.0  # hold: shrink only to the most that was wanted in this window
+    downscale_to_zero_delay_s: float | None = None  # None: downscale_delay_s
+    look_back_period_s: float = 30.0  # policy="ray" only
+    upscaling_factor: float = 1.0  # policy="ray" only
+    downscaling_factor: float = 1.0  # policy="ray" only
+
+    def __post_init__(self) -> None:
+        _at_least(self, "min_replicas", 0)
+        _at_least(self, "max_replicas", 1)
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
+        initial = self.initial_replicas
+        if initial is not None and not self.min_replicas <= initial <= self.max_replicas:
+            raise ConfigError(
+                f"initial_replicas={initial} is outside min_replicas={self.min_replicas} "
+                f"to max_replicas={self.max_replicas}"
+            )
+        for name in ("target_ongoing_requests", "target_queue_latency_s", "look_back_period_s"):
+            _above(self, name, 0)
+        for name in ("upscaling_factor", "downscaling_factor"):
+            _above(self, name, 0)
+        for name in ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 0)
+        if self.policy not in ("backlog", "ray"):
+            raise ConfigError(f"policy={self.policy!r} is unknown; use 'backlog' or 'ray'")
+
+    @property
+    def to_zero_delay_s(self) -> float:
+        delay = self.downscale_to_zero_delay_s
+        return self.downscale_delay_s if delay is None else delay
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentConfig:
+    """Everything about a deployment but its code. Defaults are the table in the README's reference."""
+
+    num_replicas: int = 1  # ignored where `autoscaling` is set
+    autoscaling: AutoscalingConfig | None = None
+    max_ongoing_requests: int | None = None  # None: 100 if any public method is async, else sync_threads
+    sync_threads: int = 1
+    max_attempts: int = 3  # attempts ended by the death of a replica; 1 is Ray's behaviour
+    result_ttl_s: float = 3600.0
+    user_config: Any = None
+    health_check_timeout_s: float = 30.0
+    graceful_shutdown_timeout_s: float = 20.0
+    start_method: Literal["fork", "spawn"] | None = None  # None: fork, unless the application started threads
+
+    def __post_init__(self) -> None:
+        _at_least(self, "num_replicas", 0)
+        if self.max_ongoing_requests is not None:
+            _at_least(self, "max_ongoing_requests", 1)
+        _at_least(self, "sync_threads", 1)
+        _at_least(self, "max_attempts", 1)
+        _at_least(self, "result_ttl_s", 1)
+        _above(self, "health_check_timeout_s", 0)
+        _at_least(self, "graceful_shutdown_timeout_s", 0)
+        if self.start_method not in (None, "fork", "spawn"):
+            raise ConfigError(f"start_method={self.start_method!r} is unknown; use 'fork', 'spawn' or None")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        values = json.loads(text)
+        if values.get("autoscaling") is not None:
+            values["autoscaling"] = AutoscalingConfig(**values["autoscaling"])
+        return cls(**values)
+
+    def updated(self, options: dict[str, Any]) -> Self:
+        """A copy with `options` as `@serve.deployment` and `.options()` take them: Ray's names and aliases included."""
+        return replace(self, **_translate(options))
+
+
+# Options of Ray Serve that mean nothing without a Ray cluster or an HTTP proxy: accepted, so that code ports unchanged.
+IGNORED_OPTIONS = frozenset({"route_prefix", "version", "logging_config", "health_check_period_s", "graceful_shutdown_wait_loop_s"})
+
+
+def _translate(options: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    if "max_concurrent_queries" in values:
+        values["max_ongoing_requests"] = values.pop("max_concurrent_queries")
+    scaling = values.pop("autoscaling_config", None)
+    if values.get("num_replicas") == "auto":
+        del values["num_replicas"]
+        scaling = {"min_replicas": 1, "max_replicas": 100, **_as_dict(scaling)}
+    elif "num_replicas" in values and scaling is not None:
+        raise ConfigError(f"num_replicas={values['num_replicas']} and autoscaling_config exclude each other; drop one")
+    if values.get("num_replicas") is not None:
+        values.setdefault("autoscaling", None)  # a fixed number ends the autoscaling it is set over
+    if scaling is not None:
+        values["autoscaling"] = AutoscalingConfig(**_checked(AutoscalingConfig, _as_dict(scaling)))
+    return _checked(DeploymentConfig, values)
+
+
+def _as_dict(scaling: Any) -> dict[str, Any]:
+    if scaling is None:
+        return {}
+    if isinstance(scaling, AutoscalingConfig):
+        return asdict(scaling)
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"autoscaling_config must be a dict or AutoscalingConfig, not {type(scaling).__name__}")
+    return scaling
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    known = [f.name for f in fields(cls)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}")
+    return values
+
+
+def _number(owner: object, name: str) -> float:
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be a number")
+    if "int" in str(type(owner).__annotations__[name]) and not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} must be a whole number")
+    return value
+
+
+def _at_least(owner: object, name: str, least: float) -> None:
+    if _number(owner, name) < least:
+        raise ConfigError(f"{name}={getattr(owner, name)} must be at least {least}")
+
+
+def _above(owner: object, name: str, bound: float) -> None:
+    if _number(owner, name) <= bound:
+        raise ConfigError(f"{name}={getattr(owner, name)} must be above {bound}")
