@@ -1,7 +1,7 @@
 """Connections for everything but the hot path, over redis-py: control plane, autoscaler, dashboard, CLI."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -46,7 +46,10 @@ async def run(client: Control, call: Call[T]) -> T:
         except redis.exceptions.NoScriptError:
             reply = await client.eval(call.script.source.decode(), len(call.keys), *call.keys, *call.arguments)
     except redis.exceptions.ResponseError as e:
-        raise explain(e) from e
+        explained = explain(e)
+        if explained is e:
+            raise
+        raise explained from e
     return call.read(reply)
 
 
@@ -68,11 +71,14 @@ def backoff(*, first_s: float = 0.02, most_s: float = 1.0, seed: Any = None) -> 
         delay = min(most_s, delay * 2)
 
 
-async def ensure_groups(client: Control, lanes: tuple[str, ...], group: str) -> None:
-    """Create the lanes' consumer groups, from the beginning of each stream. Twice is as once."""
+async def ensure_groups(ask: Callable[..., Awaitable[Any]], lanes: tuple[str, ...], group: str) -> None:
+    """Create the lanes' consumer groups, from the beginning of each stream. Twice is as once.
+
+    `ask` sends one command: `Link.ask`, or `execute_command` of a redis-py client.
+    """
     for lane in lanes:
         try:
-            await client.xgroup_create(lane, group, id="0", mkstream=True)
-        except redis.exceptions.ResponseError as e:
+            await ask("XGROUP", "CREATE", lane, group, "0", "MKSTREAM")
+        except Exception as e:
             if "BUSYGROUP" not in str(e):
                 raise

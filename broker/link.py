@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import hiredis
+import redis.exceptions
 from redis.asyncio.connection import parse_url
 
 from millstream.broker.scripts import Call
@@ -112,18 +113,30 @@ def _settle(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_result(reply)
 
 
+_CANNOT_NOW = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ClusterDownError,
+)
+
+
 def explain(reply: Exception) -> Exception:
     """An error reply of the server as one of ours, where there is one for it."""
     text = str(reply)
     if isinstance(reply, MillstreamError):
         return reply
-    if text.startswith("OOM"):
+    # redis-py has cut the code off the text and made a class of it; hiredis has not.
+    if text.startswith("OOM") or isinstance(reply, redis.exceptions.OutOfMemoryError):
         return BackPressureError(
             f"the server is out of memory and takes no more requests ({text}); "
             "wait for the backlog to shrink, or raise its maxmemory"
         )
-    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN")):
+    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN")) or isinstance(reply, _CANNOT_NOW):
         return BrokerUnavailableError(f"the server cannot take commands now ({text})")
+    if text.startswith("NOGROUP"):
+        return BrokerUnavailableError(
+            "the server has lost this deployment's streams; whoever reads them makes them anew"
+        )
     return reply
 
 

@@ -240,9 +240,7 @@ def backlog(keys: DeploymentKeys) -> Call[Backlog]:
     def read(reply: list[Any]) -> Backlog:
         waiting, in_flight, parked, delayed, age_ms, arrivals, due, last_ids = reply
         age_s = None if age_ms < 0 else age_ms / 1000
-        return Backlog(
-            waiting, in_flight, parked, delayed, age_s, arrivals, due, tuple(i.decode() for i in last_ids)
-        )
+        return Backlog(waiting, in_flight, parked, delayed, age_s, arrivals, due, tuple(i.decode() for i in last_ids))
 
     return Call(script("backlog"), (*keys.lanes, keys.parked, keys.due), (), read)
 

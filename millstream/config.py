@@ -25,7 +25,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("redis://", "rediss://", "unix://")):
-            raise ConfigError(f"url {redact(self.url)!r} is not a Redis URL; write redis://host:port, rediss:// or unix://")
+            raise ConfigError(
+                f"url {redact(self.url)!r} is not a Redis URL; write redis://host:port, rediss:// or unix://"
+            )
         if not self.namespace or not self.namespace.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"namespace {self.namespace!r} must consist of letters, digits, '-' and '_'")
         if not 1 <= len(self.secret_key) <= 64:
@@ -110,7 +112,9 @@ def read_advert(state: str | os.PathLike[str] | None = None) -> dict[str, Any] |
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
-        raise ConfigError(f"{state_folder(state) / ADVERT} is not readable JSON ({e}); delete it and start again") from e
+        raise ConfigError(
+            f"{state_folder(state) / ADVERT} is not readable JSON ({e}); delete it and start again"
+        ) from e
     return advert
 
 
@@ -205,7 +209,9 @@ class DeploymentConfig:
 
 
 # Options of Ray Serve that mean nothing without a Ray cluster or an HTTP proxy: accepted, so that code ports unchanged.
-IGNORED_OPTIONS = frozenset({"route_prefix", "version", "logging_config", "health_check_period_s", "graceful_shutdown_wait_loop_s"})
+IGNORED_OPTIONS = frozenset(
+    {"route_prefix", "version", "logging_config", "health_check_period_s", "graceful_shutdown_wait_loop_s"}
+)
 
 
 def _translate(options: dict[str, Any]) -> dict[str, Any]:

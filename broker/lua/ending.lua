@@ -1,7 +1,7 @@
 -- ending: what every way to a terminal state does. Included by the scripts that end requests, not run by itself.
 -- expects locals: open, notes, results, replies (keys and prefixes), ttl_s
 local INLINE_BYTES = 4096 -- larger results are announced, not sent: a stalled client is cut off at 32 MB
-local outbox, waiters = {}, {}
+local ended, outbox, waiters = {}, {}, {}
 local has_notes = redis.call('EXISTS', notes) == 1
 
 local function tell(client, ref, stored)
@@ -26,16 +26,18 @@ local function read_notes(ref, stored)
   redis.call('HDEL', notes, ref .. ':readers', ref .. ':waiters')
 end
 
+-- Store the outcome of one request and note whom to tell.
 local function conclude(ref, client, header, body)
   local stored = header .. '\n' .. body
-  redis.call('HDEL', open, ref)
   redis.call('SET', results .. ref, stored, 'EX', ttl_s)
+  ended[#ended + 1] = ref
   if client ~= '' then tell(client, ref, stored) end
   if has_notes then read_notes(ref, stored) end
 end
 
--- One message per client: a RESP array of ref, stored, ref, stored, ...
+-- Forget what was concluded, and send each client one message: a RESP array of ref, stored, ref, stored, ...
 local function publish()
+  if #ended > 0 then redis.call('HDEL', open, unpack(ended)) end
   for client, box in pairs(outbox) do
     redis.call('SPUBLISH', replies .. client, '*' .. #box * 2 .. '\r\n' .. table.concat(box))
   end

@@ -8,7 +8,7 @@ if ARGV[4] == 'expired' and redis.call('EXISTS', KEYS[9]) == 1 then return { 'al
 local lane, lane_name, replica = KEYS[1], ARGV[1], ARGV[2]
 local limits = redis.call('HMGET', KEYS[8], 'max_attempts', 'result_ttl_s')
 local open, notes, results, replies = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
+local max_attempts, ttl_s = tonumber(limits[1] or '3'), math.ceil(tonumber(limits[2] or '3600'))
 --include ending
 local time = redis.call('TIME')
 local cause = { replica = replica, cause = ARGV[3], at_ms = time[1] * 1000 + math.floor(time[2] / 1000) }

@@ -6,7 +6,9 @@
 local function note(ref)
   local field = ref .. ':' .. ARGV[1]
   local noted = redis.call('HGET', KEYS[3], field) or ''
-  if not string.find(noted, ARGV[2], 1, true) then redis.call('HSET', KEYS[3], field, noted .. ' ' .. ARGV[2]) end
+  if not string.find(noted .. ' ', ' ' .. ARGV[2] .. ' ', 1, true) then
+    redis.call('HSET', KEYS[3], field, noted .. ' ' .. ARGV[2])
+  end
 end
 
 local answers = {}

@@ -1,0 +1,65 @@
+"""What stands under a result key, read and written: "<state> <lane> <entry id>", a newline, then the body.
+
+Values and user errors are signed envelopes; the reason of a dead letter is plain JSON written by a script.
+"""
+
+import json
+from typing import Any
+
+from millstream.broker import remote_errors
+from millstream.broker.codec import Codec
+from millstream.errors import MillstreamError, RefNotFoundError, ReplicaDiedError
+
+
+def is_header_only(stored: bytes) -> bool:
+    """True for a notice: the body was too large to send along, or there is none yet (`running`)."""
+    return stored[-1:] == b"\n"
+
+
+def is_running(stored: bytes) -> bool:
+    """True for a matched notice: a replica has taken the request."""
+    return stored[:7] == b"running"
+
+
+def open_stored(codec: Codec, ref: bytes, stored: bytes) -> Any:
+    """The value under a result key, or the error it stands for, raised. SignatureError if it was tampered with."""
+    header, _, body = stored.partition(b"\n")
+    if header[:9] == b"succeeded":
+        return codec.open("value", ref, body)
+    if header[:6] == b"failed":
+        raise remote_errors.rebuild(codec.open("error", ref, body), f"{codec.tag}~{ref.decode()}")
+    if header[:4] == b"dead":
+        raise died(codec.tag, ref, body)
+    raise not_found(f"{codec.tag}~{ref.decode()}", f"its result is in a state unknown to this version: {header!r}")
+
+
+def error_body(codec: Codec, ref: bytes, stored: bytes) -> bytes:
+    """The error of an ended request as an unsigned body, to be signed for one that depends on it. Nothing is unpickled."""
+    header, _, body = stored.partition(b"\n")
+    if header[:6] == b"failed":
+        return codec.verify("error", ref, body)[1]
+    return remote_errors.capture(died(codec.tag, ref, body))
+
+
+def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
+    attempts: list[dict[str, Any]] = json.loads(body)
+    last = attempts[-1]
+    ref_id = f"{tag}~{ref.decode()}"
+    return ReplicaDiedError(
+        f"request {ref_id} was running on replica {last['replica']} when it died ({last['cause']}), "
+        f"and that was attempt {last['attempt']} of max_attempts={len(attempts)}; look at the replica's output, "
+        "then send it again or raise max_attempts",
+        ref_id=ref_id,
+        attempts=attempts,
+    )
+
+
+def not_found(ref_id: str, why: str = "it expired, was dropped, or never existed on this server") -> RefNotFoundError:
+    return RefNotFoundError(f"ref {ref_id} has no result here: {why}; submit the request again", ref_id=ref_id)
+
+
+def same_kind(error: BaseException) -> BaseException:
+    """A copy of one of our errors to raise once more, so that tracebacks of several callers do not pile up."""
+    if type(error).__module__ == "millstream.errors" and isinstance(error, MillstreamError):
+        return type(error)(str(error), **error.__dict__)
+    return error

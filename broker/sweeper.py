@@ -1,0 +1,89 @@
+"""The sweeper everybody runs: due delays, parked requests to repair, replicas whose lease expired. Bounded, idempotent.
+
+Nothing is taken over by lease until this sweeper has seen that lease stay away for a full lease on an unbroken
+connection: an outage of the server must not look like the death of everyone.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from millstream.broker import scripts
+from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.registry import ReplicaRecord
+from millstream.broker.supplying import Run, Supplier
+from millstream.config import Settings
+
+LEASE_S = 5.0
+Ask = Callable[..., Awaitable[Any]]  # one command: `Link.ask`, or `execute_command` of a redis-py client
+log = logging.getLogger("millstream.sweeper")
+
+
+class Sweeper:
+    """One pass over one deployment at a time; remembers since when it has missed which lease."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: Run,
+        ask: Ask,
+        *,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run, self._ask = run, ask
+        self._lease_s, self._clock = lease_s, clock
+        self._keys = Keys(settings.namespace)
+        self._supplier = Supplier(settings, run)
+        self._missed_since: dict[tuple[str, str], float] = {}
+
+    def connection_was_broken(self) -> None:
+        """Start all observations over: while we could not look, leases may have come and gone."""
+        self._missed_since.clear()
+
+    async def step(self, tag: str) -> None:
+        """One pass. Raises what redis-py raises; the caller then calls `connection_was_broken`."""
+        keys = self._keys.deployment(tag)
+        swept = await self._run(scripts.sweep(keys))
+        for ref, missing in swept.stuck:
+            for ref_id in missing:
+                await self._supplier.watch(f"{tag}~{ref.decode()}", ref_id)
+        for replica in self._expired(tag, swept.without_lease):
+            log.warning("replica %s of %s has no lease any more: its requests go to others", replica, tag)
+            await bury(self._run, self._ask, self._supplier, keys, replica, "its lease expired", expired=True)
+
+    def _expired(self, tag: str, without_lease: list[str]) -> list[str]:
+        now = self._clock()
+        for known in [pair for pair in self._missed_since if pair[0] == tag and pair[1] not in without_lease]:
+            del self._missed_since[known]
+        since = {replica: self._missed_since.setdefault((tag, replica), now) for replica in without_lease}
+        return [replica for replica, first in since.items() if now - first >= self._lease_s]
+
+
+async def bury(
+    run: Run, ask: Ask, supplier: Supplier, keys: DeploymentKeys, replica: str, cause: str, *, expired: bool
+) -> int:
+    """Release everything a dead replica held and forget it; the number of requests that go on elsewhere.
+
+    Its connections are killed first: one of its reads may still be blocked in the server and would take the very
+    entries that are given back. Safe to run twice, and by several at once.
+    """
+    record = await ask("HGET", keys.replicas, replica)
+    for connection in ReplicaRecord(**json.loads(record)).connections if record else ():
+        await ask("CLIENT", "KILL", "ID", connection)
+    requeued = 0
+    for lane in LANES:
+        more = True
+        while more:
+            released = await run(scripts.release(keys, lane, replica, cause, expired=expired))
+            if released.alive:
+                return requeued
+            more = released.more
+            requeued += released.requeued
+            for waiter in released.waiters:
+                await supplier.supply(f"{keys.tag}~{waiter.ref.decode()}", [waiter.waiter_id])
+    await ask("HDEL", keys.replicas, replica)
+    await ask("DEL", keys.lease(replica))
+    return requeued

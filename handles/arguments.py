@@ -1,0 +1,72 @@
+"""What becomes of the arguments of a call: refs at the top level are replaced by their values before the method runs,
+refs further down stay refs, un-awaited tasks become refs at any depth (Ray's rules)."""
+
+import asyncio
+from typing import Any, NamedTuple
+
+from millstream.broker import pickling
+from millstream.errors import SerializationError
+from millstream.handles.ref import ObjectRef
+
+
+class RefTask(asyncio.Task[ObjectRef]):
+    """What `DeploymentHandle.remote` returns: a task whose result is the ref, which is known before it is done."""
+
+    ref: ObjectRef
+
+
+class Later(NamedTuple):
+    """Stands in a pickled argument list for the value of a ref, which the replica puts in."""
+
+    ref_id: str
+
+
+class Arguments(NamedTuple):
+    """The pickled arguments of one call, and the ids of the refs whose values it needs."""
+
+    body: bytes
+    depends_on: list[str]
+
+
+def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Pickle the arguments of a call to `what`. Raises SerializationError, PayloadTooLargeError."""
+    depends_on: list[str] = []
+    for value in args:
+        if isinstance(value, ObjectRef | asyncio.Future):
+            args = tuple(_later(value, depends_on) for value in args)
+            break
+    for value in kwargs.values():
+        if isinstance(value, ObjectRef | asyncio.Future):
+            kwargs = {name: _later(value, depends_on) for name, value in kwargs.items()}
+            break
+    return Arguments(
+        pickling.dump((args, kwargs), what=f"the arguments of {what}, (args, kwargs)", replace=_task_to_ref), depends_on
+    )
+
+
+def _later(value: Any, depends_on: list[str]) -> Any:
+    ref = _task_to_ref(value)
+    if isinstance(ref, ObjectRef):
+        depends_on.append(ref.id)
+        return Later(ref.id)
+    return value
+
+
+def _task_to_ref(value: Any) -> Any:
+    if isinstance(value, RefTask):
+        return value.ref
+    if isinstance(value, asyncio.Future):
+        raise SerializationError(
+            f"{value!r} cannot be an argument: only the tasks that handle.remote() returns become refs; await it first"
+        )
+    return value
+
+
+def fill_in(
+    args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The replica's half: put values in where a ref stood."""
+    return (
+        tuple(values[a.ref_id] if isinstance(a, Later) else a for a in args),
+        {name: values[a.ref_id] if isinstance(a, Later) else a for name, a in kwargs.items()},
+    )

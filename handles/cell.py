@@ -1,0 +1,155 @@
+"""What this process knows of one request: whether a replica has it, and how it ended. Readable from any thread or loop."""
+
+import asyncio
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from millstream.broker import outcomes
+from millstream.broker.codec import Codec
+
+Watcher = Callable[["Cell"], None]
+
+_lock = threading.Lock()  # one for all cells: held for a few list operations, 60 ns when nobody else wants it
+
+
+class Cell:
+    """Filled by the engine, at most once with an outcome. Watchers are called in the filling thread, or at once."""
+
+    __slots__ = ("_error", "_on_end", "_on_match", "_stored", "_value", "codec", "is_matched", "ref", "since")
+
+    def __init__(self, codec: Codec, ref: bytes) -> None:
+        self.codec, self.ref = codec, ref
+        self.since = time.monotonic()
+        self.is_matched = False
+        self._stored: bytes | None = None
+        self._error: BaseException | None = None
+        self._value: Any = _UNREAD
+        self._on_match: list[Watcher] = []
+        self._on_end: list[Watcher] = []
+
+    @property
+    def ref_id(self) -> str:
+        return f"{self.codec.tag}~{self.ref.decode()}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self._stored is not None or self._error is not None
+
+    def settle(self, stored: bytes) -> None:
+        """The request has ended; `stored` is what its result key holds."""
+        self._end(stored, None)
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no outcome for this process: never sent, unknown to the server, or cannot start."""
+        self._end(None, error)
+
+    def match(self) -> None:
+        """A replica took it, or it is parked or delayed."""
+        with _lock:
+            if self.is_matched:
+                return
+            self.is_matched = True
+            watchers, self._on_match = self._on_match, []
+        for watcher in watchers:
+            watcher(self)
+
+    def _end(self, stored: bytes | None, error: BaseException | None) -> None:
+        with _lock:
+            if self.has_ended:
+                return
+            self._stored, self._error, self.is_matched = stored, error, True
+            watchers, self._on_match, self._on_end = self._on_match + self._on_end, [], []
+        for watcher in watchers:
+            watcher(self)
+
+    def on_end(self, watcher: Watcher) -> None:
+        self._add(watcher, ended=True)
+
+    def on_match(self, watcher: Watcher) -> None:
+        self._add(watcher, ended=False)
+
+    def _add(self, watcher: Watcher, *, ended: bool) -> None:
+        with _lock:
+            if not (self.has_ended if ended else self.is_matched):
+                (self._on_end if ended else self._on_match).append(watcher)
+                return
+        watcher(self)
+
+    def forget(self, watcher: Watcher) -> None:
+        """Take a watcher back, if it was not called yet."""
+        with _lock:
+            for watchers in (self._on_match, self._on_end):
+                if watcher in watchers:
+                    watchers.remove(watcher)
+
+    def read(self) -> Any:
+        """The value, or the error raised. Only after the end. Unpickled once; later reads give the same object."""
+        if self._value is _UNREAD:
+            if self._error is not None:
+                raise outcomes.same_kind(self._error)
+            assert self._stored is not None
+            self._value = outcomes.open_stored(self.codec, self.ref, self._stored)
+        return self._value
+
+    def error(self) -> BaseException | None:
+        """What `read` would raise, None if it would not."""
+        try:
+            self.read()
+        except Exception as e:
+            return e
+        return None
+
+    @property
+    def stored(self) -> bytes | None:
+        return self._stored
+
+    # waiting
+
+    def wait(self, timeout: float | None, *, for_end: bool = True) -> bool:
+        """Block the thread until the end (or the match); False when `timeout` seconds were not enough."""
+        if self.has_ended if for_end else self.is_matched:
+            return True
+        turnstile = threading.Lock()
+        turnstile.acquire()
+
+        def watcher(_: Cell) -> None:
+            turnstile.release()
+
+        self._add(watcher, ended=for_end)
+        try:
+            # In slices: a lock wait without timeout cannot be interrupted by Ctrl-C everywhere.
+            return turnstile.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        finally:
+            self.forget(watcher)
+
+    def future(self, loop: asyncio.AbstractEventLoop, *, for_end: bool = True) -> asyncio.Future[None]:
+        """A future of `loop` that is done at the end (or the match). It never raises; `read` does."""
+        future: asyncio.Future[None] = loop.create_future()
+
+        def watcher(_: Cell) -> None:
+            if threading.get_ident() == owner:
+                _done(future)
+            else:
+                _call_in(loop, functools.partial(_done, future))
+
+        owner = threading.get_ident()
+        self._add(watcher, ended=for_end)
+        future.add_done_callback(lambda _: self.forget(watcher))
+        return future
+
+
+_UNREAD: Any = object()
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the waiting loop was closed meanwhile: nobody waits there any more
+        loop.call_soon_threadsafe(call)

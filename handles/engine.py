@@ -1,0 +1,485 @@
+"""The engine: one per event loop, it submits requests and hands results to whoever waits for them.
+
+Two connections: commands go out on one, results and notices come in on the other. Messages are hints, the record in
+Redis is the truth: after each reconnect, and at a bounded rate all the time, the engine re-reads what it waits for.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Protocol
+
+import hiredis
+
+from millstream.broker import outcomes, scripts
+from millstream.broker.codec import Codec, codec_for
+from millstream.broker.connection import backoff
+from millstream.broker.keys import DeploymentKeys, Keys
+from millstream.broker.link import Link, dial
+from millstream.broker.scripts import Submitted
+from millstream.broker.supplying import Supplier
+from millstream.config import Settings
+from millstream.errors import BrokerUnavailableError, DeployFailedError, DeploymentNotFoundError, MillstreamError
+
+FIELDS = 5  # of one request in a submit call
+FLUSH_REQUESTS = 64  # a fuller script call gains nothing and delays the others
+FLUSH_BYTES = 64 * 1024
+PATIENCE_S = 30.0  # how long requests that no server has acknowledged survive an outage
+PATROL_S = 0.5  # a lost notice costs at most this and LOOK_AFTER_S
+LOOK_AFTER_S = 2.0  # what has waited so long is looked up, oldest first
+LOOK_AT_ONCE = 100  # per patrol and deployment
+
+
+class Pending(Protocol):
+    """Somebody who waits for the end of one request: a Cell, or the future of a `call`."""
+
+    codec: Codec
+    ref: bytes
+    since: float
+
+    def settle(self, stored: bytes) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def match(self) -> None: ...
+
+
+class Route:
+    """The engine's way to one deployment: its keys, and what is to be submitted there next."""
+
+    __slots__ = ("buffer", "buffered_bytes", "codec", "in_the_air", "is_ready", "keys", "tag", "unacknowledged")
+
+    def __init__(self, settings: Settings, tag: str) -> None:
+        self.tag = tag
+        self.keys: DeploymentKeys = Keys(settings.namespace).deployment(tag)
+        self.codec = codec_for(settings.secret_key, settings.namespace, tag)
+        self.is_ready = False  # replies of this deployment reach us
+        self.buffer: list[Any] = []
+        self.buffered_bytes = 0
+        self.in_the_air = 0
+        self.unacknowledged: set[_Batch] = set()
+
+
+class _Batch:
+    """One submit call that has not been answered."""
+
+    __slots__ = ("requests", "since")
+
+    def __init__(self, requests: list[Any]) -> None:
+        self.requests, self.since = requests, time.monotonic()
+
+
+class Engine:
+    """Make one with `engines.current()`. All methods but those that say otherwise belong to the engine's own loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.loop = asyncio.get_running_loop()
+        self.name = os.urandom(8).hex()  # of this client: the last part of its reply channels
+        self.is_closed = False
+        self._ref_prefix, self._ref_numbers = os.urandom(6).hex().encode(), itertools.count()
+        self._routes: dict[str, Route] = {}
+        self._pending: dict[bytes, Pending] = {}
+        self._to_look_at: deque[bytes] = deque()
+        self._commands: Link | None = None
+        self._replies: Link | None = None
+        self._messages = hiredis.Reader()
+        self._chores: set[asyncio.Task[Any]] = set()
+        self._supplier = Supplier(settings, self._run)
+        self._connector: asyncio.Task[None] | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._unregistered: set[bytes] = set()  # refs of holds and follows under way: the server may not know them yet
+        self._closer: AsyncGenerator[None, None] | None = None
+
+    # what handles use
+
+    def new_ref(self) -> bytes:
+        """22 characters: 48 random bits of this engine and a counter; never the same twice on one server. Any thread."""
+        return b"%b%010x" % (self._ref_prefix, next(self._ref_numbers))
+
+    def route(self, tag: str) -> Route:
+        """The route to a deployment. Any thread."""
+        route = self._routes.get(tag)
+        if route is None:
+            route = self._routes.setdefault(tag, Route(self.settings, tag))
+        return route
+
+    def submit(self, route: Route, pending: Pending, method: bytes, want: bytes, envelope: bytes) -> None:
+        """Send a request; `pending` hears of its end. Twice with the same ref is as once."""
+        self._pending[pending.ref] = pending
+        buffer = route.buffer
+        buffer += (pending.ref, b"normal", method, want, envelope)
+        route.buffered_bytes += len(envelope)
+        if not route.is_ready:
+            self._prepare(route)
+        elif not route.in_the_air or len(buffer) >= FIELDS * FLUSH_REQUESTS or route.buffered_bytes >= FLUSH_BYTES:
+            self._flush(route)
+
+    def hold(
+        self,
+        route: Route,
+        pending: Pending,
+        method: bytes,
+        envelope: bytes,
+        depends_on: list[str],
+        delay_s: float = 0.0,
+    ) -> None:
+        """Send a request that must wait: for refs, or for its time. `pending` is matched once the server holds it."""
+        self._pending[pending.ref] = pending
+        self._start_chore(self._hold(route, pending, method, envelope, depends_on, delay_s))
+
+    def follow(self, route: Route, pending: Pending) -> None:
+        """Hear of the end of a request that somebody else submitted. RefNotFoundError goes to `pending`."""
+        self._pending[pending.ref] = pending
+        self._start_chore(self._follow(route, pending))
+
+    async def put(self, route: Route, ref: bytes, envelope: bytes, ttl_s: float) -> None:
+        """Store a value under a ref of its own."""
+        commands = await self._link()
+        stored = b"succeeded - -\n" + envelope
+        await commands.ask("SET", route.keys.result(ref.decode()), stored, "PX", int(ttl_s * 1000))
+
+    def resubmit_elsewhere(self, other: "Engine") -> None:
+        """Hand what is not acknowledged to another engine as well. For a blocked loop, whose own writes do not go out."""
+        for route in list(self._routes.values()):
+            requests = [part for batch in route.unacknowledged for part in batch.requests] + route.buffer
+            if requests:
+                other.loop.call_soon_threadsafe(other._adopt_requests, route.tag, requests)
+
+    def _adopt_requests(self, tag: str, requests: list[Any]) -> None:
+        route = self.route(tag)
+        route.buffer += requests
+        self._prepare(route)
+
+    def close(self) -> None:
+        """Close the connections; whoever still waits gets BrokerUnavailableError. Twice is as once."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for task in [*self._chores, *([self._connector] if self._connector else [])]:
+            task.cancel()
+        self._drop_links()
+        error = BrokerUnavailableError(
+            "the connection was closed by millstream.shutdown() or the end of its event loop"
+        )
+        for pending in list(self._pending.values()):
+            pending.fail(error)
+        self._pending.clear()
+
+    # submitting
+
+    def _flush(self, route: Route) -> None:
+        """Put everything buffered for this deployment into the air, at most FLUSH_REQUESTS at a time."""
+        commands = self._commands
+        if commands is None:
+            return
+        while route.buffer:
+            batch = _Batch(route.buffer[: FIELDS * FLUSH_REQUESTS])
+            del route.buffer[: FIELDS * FLUSH_REQUESTS]
+            route.in_the_air += 1
+            route.unacknowledged.add(batch)
+            commands.start(
+                scripts.submit(route.keys, self.name, batch.requests),
+                lambda reply, batch=batch: self._acknowledged(route, batch, reply),  # type: ignore[misc]
+            )
+        route.buffered_bytes = 0
+
+    def _acknowledged(self, route: Route, batch: _Batch, reply: dict[int, Submitted] | Exception) -> None:
+        route.in_the_air -= 1
+        route.unacknowledged.discard(batch)
+        if isinstance(reply, BrokerUnavailableError):
+            route.buffer[:0] = batch.requests  # idempotent by ref: sent again after the reconnect
+            if time.monotonic() - batch.since > PATIENCE_S:
+                self._fail_buffer(route, reply)
+            return
+        if isinstance(reply, Exception):
+            self._refused(route, batch.requests[::FIELDS], reply)
+        elif reply:
+            refs = batch.requests[::FIELDS]
+            self._look_at(route, [refs[position] for position in reply])
+        if route.buffer:
+            self._flush(route)
+
+    def _refused(self, route: Route, refs: Iterable[bytes], reason: Exception) -> None:
+        error = no_such_deployment(route.tag) if str(reason).startswith("NODEPLOYMENT") else reason
+        for ref in refs:
+            pending = self._pending.pop(ref, None)
+            if pending is not None:
+                pending.fail(error)
+
+    def _fail_buffer(self, route: Route, error: Exception) -> None:
+        refs, route.buffer = route.buffer[::FIELDS], []
+        self._refused(route, refs, error)
+
+    # chores: the few things that take several steps
+
+    def _start_chore(self, chore: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    def _prepare(self, route: Route) -> None:
+        if route.is_ready:
+            self._flush(route)
+        else:
+            self._start_chore(self._make_ready(route))
+
+    async def _make_ready(self, route: Route) -> None:
+        try:
+            await self._ready(route)
+        except MillstreamError as e:
+            self._fail_buffer(route, e)
+        else:
+            self._flush(route)
+
+    async def _ready(self, route: Route) -> Link:
+        """The commands link, once replies of this deployment would reach us. Raises BrokerUnavailableError."""
+        while True:
+            commands = await self._link()
+            if route.is_ready:
+                return commands
+            replies = self._replies
+            if replies is not None:
+                await replies.ask("SSUBSCRIBE", route.keys.reply(self.name))
+                route.is_ready = self._replies is replies
+
+    async def _hold(
+        self, route: Route, pending: Pending, method: bytes, envelope: bytes, depends_on: list[str], delay_s: float
+    ) -> None:
+        async def step() -> None:
+            await self._ready(route)
+            for ref_id in depends_on:  # their submits go out before ours, on the same connection
+                upstream = self._routes.get(ref_id.partition("~")[0])
+                if upstream is not None and upstream.buffer:
+                    await self._ready(upstream)
+                    self._flush(upstream)
+            call = scripts.hold(
+                route.keys, self.name, pending.ref, "normal", method, envelope,
+                delay_ms=int(delay_s * 1000), depends_on=depends_on,
+            )  # fmt: skip
+            await self._run(call)
+            pending.match()
+            waiter_id = f"{route.tag}~{pending.ref.decode()}"
+            await asyncio.gather(*[self._supplier.watch(waiter_id, ref_id) for ref_id in depends_on])
+
+        await self._until_acknowledged(route, pending, step)
+
+    async def _follow(self, route: Route, pending: Pending) -> None:
+        async def step() -> None:
+            await self._ready(route)
+            self._flush(route)  # the request itself may still be with us
+            ref = pending.ref.decode()
+            (answer,) = await self._run(scripts.watch(route.keys, "readers", self.name, [ref]))
+            self._answered(pending, answer)
+
+        await self._until_acknowledged(route, pending, step)
+
+    async def _until_acknowledged(self, route: Route, pending: Pending, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeat an idempotent step over reconnects, for PATIENCE_S; any other error goes to `pending`."""
+        self._unregistered.add(pending.ref)
+        try:
+            while True:
+                try:
+                    await step()
+                    return
+                except BrokerUnavailableError:
+                    if self._connector is None or time.monotonic() - pending.since > PATIENCE_S:
+                        raise
+        except Exception as e:
+            self._refused(route, [pending.ref], e)
+        finally:
+            self._unregistered.discard(pending.ref)
+
+    # results
+
+    def _on_message(self, message: bytes) -> None:
+        self._messages.feed(message)
+        items = self._messages.gets()
+        pendings = self._pending
+        for i in range(0, len(items), 2):
+            ref, stored = items[i], items[i + 1]
+            pending = pendings.get(ref)
+            if pending is None:
+                continue
+            if stored[-1:] != b"\n":
+                del pendings[ref]
+                pending.settle(stored)
+            elif outcomes.is_running(stored):
+                pending.match()
+            else:
+                self._look_at(self.route(pending.codec.tag), [ref])
+
+    def _look_at(self, route: Route, refs: list[bytes]) -> None:
+        """Read what became of some refs; the answer settles them."""
+        commands = self._commands
+        if route.buffer or self._unregistered:
+            unsent = self._unregistered.union(route.buffer[::FIELDS])
+            refs = [ref for ref in refs if ref not in unsent]
+        if commands is None or not refs:
+            return
+
+        def answered(reply: list[bytes] | Exception) -> None:
+            if not isinstance(reply, Exception):  # else the link is down, and the reconnect looks again
+                for ref, answer in zip(refs, reply, strict=True):
+                    pending = self._pending.get(ref)
+                    if pending is not None:
+                        self._answered(pending, answer)
+
+        commands.start(scripts.watch(route.keys, "", "", refs), answered)
+
+    def _answered(self, pending: Pending, answer: bytes) -> None:
+        if answer == b"open":
+            return
+        self._pending.pop(pending.ref, None)
+        if answer == b"unknown":
+            pending.fail(outcomes.not_found(f"{pending.codec.tag}~{pending.ref.decode()}"))
+        else:
+            pending.settle(answer)
+
+    # connections
+
+    def _run(self, call: scripts.Call[Any]) -> asyncio.Future[Any]:
+        if self._commands is None:
+            future: asyncio.Future[Any] = self.loop.create_future()
+            future.set_exception(BrokerUnavailableError("the connection to the server is down"))
+            return future
+        return self._commands.run(call)
+
+    async def _link(self) -> Link:
+        """The commands link; waits for it up to PATIENCE_S, but a first connection that fails raises at once."""
+        if self.is_closed:
+            raise BrokerUnavailableError("this connection was closed; call again to open a new one")
+        if self._connector is None:
+            await self._connect()
+            self._connector = self._connector or self.loop.create_task(self._stay_connected())
+        give_up = time.monotonic() + PATIENCE_S
+        while self._commands is None:
+            if time.monotonic() > give_up:
+                raise BrokerUnavailableError(f"the server did not come back within {PATIENCE_S:.0f} s")
+            await asyncio.sleep(0.01)
+        return self._commands
+
+    async def _connect(self) -> None:
+        if self._connecting is None:
+            self._connecting = self.loop.create_task(self._dial_both())
+        connecting = self._connecting
+        try:
+            await asyncio.shield(connecting)
+        finally:
+            if self._connecting is connecting and connecting.done():
+                self._connecting = None
+
+    async def _dial_both(self) -> None:
+        commands = await dial(self.settings, f"ms:client:{self.name}")
+        try:
+            replies = await dial(self.settings, f"ms:replies:{self.name}", self._on_message)
+        except BaseException:
+            commands.close()
+            raise
+        self._commands, self._replies = commands, replies
+        if self._closer is None:
+            self._closer = _close_with_loop(self)
+            await anext(self._closer)  # from now on the end of the loop closes us
+
+    def _drop_links(self) -> None:
+        for link in (self._commands, self._replies):
+            if link is not None:
+                link.close()
+        self._commands = self._replies = None
+        self._messages = hiredis.Reader()
+        for route in self._routes.values():
+            route.is_ready = False
+
+    async def _stay_connected(self) -> None:
+        while True:
+            await self._patrol_until_lost()
+            self._drop_links()
+            for delay_s in backoff():
+                try:
+                    await self._connect()
+                    break
+                except BrokerUnavailableError as e:
+                    self._give_up_on_old_submits(e)
+                    await asyncio.sleep(delay_s)
+            await self._catch_up()
+
+    def _give_up_on_old_submits(self, error: Exception) -> None:
+        now = time.monotonic()
+        for route in self._routes.values():
+            pending = self._pending.get(route.buffer[0]) if route.buffer else None
+            if pending is not None and now - pending.since > PATIENCE_S:
+                self._fail_buffer(route, error)
+
+    async def _catch_up(self) -> None:
+        """After a reconnect: subscribe again, send what was not acknowledged, re-read the rest."""
+        try:
+            for route in list(self._routes.values()):
+                await self._ready(route)
+                self._flush(route)
+        except MillstreamError:
+            return  # lost again; the next connection starts over
+        self._to_look_at = deque(self._pending)
+
+    # patrol
+
+    async def _patrol_until_lost(self) -> None:
+        links = [link for link in (self._commands, self._replies) if link is not None]
+        while all(link.is_up for link in links) and links:
+            await asyncio.wait([link.lost for link in links], timeout=PATROL_S, return_when=asyncio.FIRST_COMPLETED)
+            self._patrol()
+
+    def _patrol(self) -> None:
+        """Look up what has waited long, oldest first, a bounded number each time; ask after deployments that may be stuck."""
+        if not self._to_look_at:
+            self._to_look_at = deque(self._pending)
+        old = time.monotonic() - LOOK_AFTER_S
+        by_tag: dict[str, list[bytes]] = {}
+        for _ in range(min(LOOK_AT_ONCE, len(self._to_look_at))):
+            pending = self._pending.get(self._to_look_at[0])
+            if pending is not None and pending.since > old:
+                break
+            ref = self._to_look_at.popleft()
+            if pending is not None:
+                by_tag.setdefault(pending.codec.tag, []).append(ref)
+        for tag, refs in by_tag.items():
+            self._look_at(self.route(tag), refs)
+        for tag in {pending.codec.tag for pending in itertools.islice(self._pending.values(), LOOK_AT_ONCE)}:
+            self._ask_whether_it_can_start(self.route(tag))
+
+    def _ask_whether_it_can_start(self, route: Route) -> None:
+        def answered(reply: Any) -> None:
+            if isinstance(reply, list) and reply[0] == b"DEPLOY_FAILED":
+                error = deploy_failed(route.tag, *(text.decode() if text else "" for text in reply[1:]))
+                for pending in [p for p in self._pending.values() if p.codec.tag == route.tag]:
+                    self._pending.pop(pending.ref, None)
+                    pending.fail(error)
+
+        if self._commands is not None:
+            self._commands.send(answered, "HMGET", route.keys.status, "state", "message", "traceback")
+
+
+def no_such_deployment(tag: str) -> DeploymentNotFoundError:
+    app, _, name = tag.partition(".")
+    return DeploymentNotFoundError(
+        f"there is no deployment {name!r} in application {app!r}; "
+        "`millstream status` lists what is deployed, serve.run(...) deploys",
+        app=app,
+        deployment=name,
+    )
+
+
+def deploy_failed(tag: str, message: str, remote_traceback: str) -> DeployFailedError:
+    return DeployFailedError(
+        f"deployment {tag} cannot start: {message}; mend it and deploy again\n{remote_traceback}".rstrip(),
+        deployment=tag,
+        remote_traceback=remote_traceback,
+    )
+
+
+async def _close_with_loop(engine: Engine) -> AsyncGenerator[None, None]:
+    """Started once and never resumed: `asyncio.run` closes all such generators at the end of the loop, and so the engine."""
+    try:
+        yield
+    finally:
+        engine.close()

@@ -1,0 +1,161 @@
+"""Which engine serves whom: one per event loop, and one on a thread of its own for all synchronous code.
+
+Also the process-wide settings that `millstream.init` makes, and what happens at fork and at interpreter exit.
+"""
+
+import asyncio
+import atexit
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from millstream.config import Settings, find_settings
+from millstream.handles.engine import Engine
+
+T = TypeVar("T")
+
+_lock = threading.RLock()
+_settings: Settings | None = None
+_by_loop: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Engine]" = weakref.WeakKeyDictionary()
+_background: "Background | None" = None
+_warned: set[str] = set()
+
+
+def use(settings: Settings) -> None:
+    """Make these the settings of the process. Engines of other settings are closed."""
+    global _settings
+    with _lock:
+        if _settings is not None and _settings != settings:
+            close_all()
+        _settings = settings
+
+
+def settings() -> Settings:
+    """The settings in use; found as `find_settings` does at first. Raises BrokerUnavailableError, ConfigError."""
+    global _settings
+    with _lock:
+        if _settings is None:
+            _settings = find_settings()
+        return _settings
+
+
+def is_initialized() -> bool:
+    return _settings is not None
+
+
+def current() -> Engine:
+    """The engine of the running loop."""
+    loop = asyncio.get_running_loop()
+    engine = _by_loop.get(loop)
+    if engine is None or engine.is_closed:
+        engine = _by_loop[loop] = Engine(settings())
+    return engine
+
+
+def background() -> "Background":
+    """The engine of all synchronous code, on a thread of its own; started at first use."""
+    global _background
+    with _lock:
+        if _background is None:
+            _background = Background(settings())
+        return _background
+
+
+class Background:
+    """A thread with a loop and an engine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.loop = _new_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="millstream-engine", daemon=True)
+        self._thread.start()
+        self.engine = self.run(_make(settings))
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Run a coroutine there and block for its result."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(timeout)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a function called there, soon."""
+        self.loop.call_soon_threadsafe(function, *arguments)
+
+    def close(self) -> None:
+        if not self.loop.is_closed() and self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.engine.close)
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(timeout=2.0)
+        if not self.loop.is_running():
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+
+async def _make(settings: Settings) -> Engine:
+    return Engine(settings)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def close_all() -> None:
+    """Close every engine and forget the settings. Handles stay usable: the next call connects anew."""
+    global _background, _settings
+    with _lock:
+        background, _background, _settings = _background, None, None
+        engines = list(_by_loop.items())
+        _by_loop.clear()
+    for loop, engine in engines:
+        if loop.is_closed():
+            continue
+        if loop is running_loop():
+            engine.close()
+        else:
+            loop.call_soon_threadsafe(engine.close)
+    if background is not None:
+        background.close()
+
+
+def warn_if_on_a_loop(what: str, instead: str) -> None:
+    """Say once per place that a blocking call on a running loop stops that loop, and what to write instead."""
+    if running_loop() is not None and what not in _warned:
+        _warned.add(what)
+        warnings.warn(
+            f"{what} blocks the running event loop until it returns; write {instead}", RuntimeWarning, stacklevel=3
+        )
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop this thread is running, if it is."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _forget_in_child() -> None:
+    """After a fork: sockets and threads belong to the parent. The child's first call makes its own."""
+    global _background, _by_loop, _lock
+    _lock = threading.RLock()
+    _background = None
+    _by_loop = weakref.WeakKeyDictionary()
+
+
+def _close_at_exit() -> None:
+    if _background is not None:
+        _background.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_close_at_exit)

@@ -1,0 +1,160 @@
+"""`ObjectRef`: the future of one request's result, addressed by its id from any process."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+from millstream.broker.keys import split_ref
+from millstream.errors import GetTimeoutError
+from millstream.handles import engines
+from millstream.handles.cell import Cell
+from millstream.handles.engine import Engine
+
+
+class ObjectRef:
+    """The future of one request's result.
+
+    `await ref` (repeatedly, in any loop), `ref.result(timeout)` (from any thread), `asyncio.wait([ref])`,
+    `asyncio.gather(ref)`. Equal and hashable by id; pickles as its id. Waiting that times out or is cancelled never
+    cancels the request.
+    """
+
+    __slots__ = ("__weakref__", "_cell", "_engine", "_id", "_lock")
+
+    def __init__(self, ref_id: str, cell: Cell | None = None, engine: Engine | None = None) -> None:
+        self._id, self._cell, self._engine = ref_id, cell, engine
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_id(cls, ref_id: str) -> "ObjectRef":
+        """The ref of that id, in any process that reaches the same server. ValueError if it is no ref id."""
+        split_ref(ref_id)
+        return cls(ref_id)
+
+    @property
+    def id(self) -> str:
+        """`<app>.<deployment>~` and 22 characters."""
+        return self._id
+
+    def hex(self) -> str:
+        """The id; Ray's name for it."""
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self._id})"
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    def __eq__(self, other: object) -> bool:
+        return self._id == other._id if isinstance(other, ObjectRef) else NotImplemented
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectRef, (self._id,)
+
+    # asynchronous
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        cell = self._followed_here()
+        if not cell.has_ended:
+            yield from cell.future(asyncio.get_running_loop()).__await__()
+        return cell.read()
+
+    def add_done_callback(self, callback: Callable[["ObjectRef"], object], *, context: Any = None) -> None:
+        """Call `callback(ref)` in the running loop once the request has ended; what `asyncio.wait` needs."""
+        loop = asyncio.get_running_loop()
+        future = self._followed_here().future(loop)
+        future.add_done_callback(lambda _: callback(self), context=context)
+
+    def remove_done_callback(self, callback: Callable[["ObjectRef"], object]) -> int:
+        """Accepted for `asyncio.wait`, which calls it on what is not done; a late callback finds nobody."""
+        return 0
+
+    def cancelled(self) -> bool:
+        return False
+
+    def exception(self) -> BaseException | None:
+        """The error of an ended request, None if it succeeded. asyncio.InvalidStateError before the end."""
+        cell = self._followed()
+        if not cell.has_ended:
+            raise asyncio.InvalidStateError(f"{self!r} has not ended")
+        return cell.error()
+
+    def future(self) -> concurrent.futures.Future[Any]:
+        """A `concurrent.futures.Future` of the value."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def ended(cell: Cell) -> None:
+            error = cell.error()
+            if error is None:
+                future.set_result(cell.read())
+            else:
+                future.set_exception(error)
+
+        future.set_running_or_notify_cancel()
+        self._followed().on_end(ended)
+        return future
+
+    # synchronous
+
+    def done(self) -> bool:
+        """Has the request ended, as far as this process has heard?"""
+        return self._followed().has_ended
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Block for the value, at most `timeout` seconds. Raises the request's error, GetTimeoutError, RefNotFoundError."""
+        cell = self._followed_off_loop()
+        if not cell.has_ended:
+            engines.warn_if_on_a_loop("ref.result()", "`await ref`")
+        if not cell.wait(timeout):
+            raise GetTimeoutError(
+                f"request {self._id} has no result after {timeout} s; it goes on: ask again, or look at `millstream ref {self._id}`",
+                ref_id=self._id,
+            )
+        return cell.read()
+
+    # who listens for us
+
+    def _followed(self) -> Cell:
+        """The cell, filled by some engine of this process."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._followed_off_loop()
+        return self._followed_here()
+
+    def _followed_here(self) -> Cell:
+        """As `_followed`; if no engine listens yet (or its loop is gone), that of the running loop does."""
+        with self._lock:
+            if self._cell is None or not self._is_served():
+                engine = engines.current()
+                self._engine, self._cell = engine, self._new_cell(engine)
+                engine.follow(engine.route(self._cell.codec.tag), self._cell)
+            return self._cell
+
+    def _followed_off_loop(self) -> Cell:
+        """As `_followed`, by an engine that goes on while this thread blocks."""
+        with self._lock:
+            engine = self._engine
+            if self._cell is not None and (
+                self._cell.has_ended or (self._is_served() and engine.loop is not engines.running_loop())  # type: ignore[union-attr]
+            ):
+                return self._cell
+            background = engines.background()
+            if engine is not None and not engine.is_closed:
+                engine.resubmit_elsewhere(background.engine)
+            self._engine, self._cell = background.engine, self._new_cell(background.engine)
+            background.call(background.engine.follow, background.engine.route(self._cell.codec.tag), self._cell)
+            return self._cell
+
+    def _is_served(self) -> bool:
+        """Has the cell been filled, or will it be?"""
+        assert self._cell is not None
+        engine = self._engine
+        return self._cell.has_ended or (engine is not None and not engine.is_closed and not engine.loop.is_closed())
+
+    def _new_cell(self, engine: Engine) -> Cell:
+        tag, local = split_ref(self._id)
+        return Cell(engine.route(tag).codec, local.encode())

@@ -1,0 +1,1 @@
+"""The process that does the work, and the launcher that starts and buries such processes."""

@@ -1,0 +1,140 @@
+"""Sends outcomes in batches: everything that ended in one pass of the loop goes out in one script call per lane.
+
+Holds each outcome until the server has acknowledged it; after a lost connection it is sent again, which the script
+recognises.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from millstream.broker import scripts
+from millstream.broker.keys import DeploymentKeys
+from millstream.broker.link import Link
+from millstream.broker.scripts import Finished, Waiter
+from millstream.broker.supplying import Supplier
+from millstream.errors import BrokerUnavailableError
+
+FIELDS = 5  # of one outcome in a finish call
+AT_ONCE = 100  # outcomes per call: the server does nothing else meanwhile
+log = logging.getLogger("millstream.replica")
+
+
+class Finisher:
+    """Collects outcomes and matched notices, and flushes them once per pass of the loop."""
+
+    def __init__(
+        self,
+        keys: DeploymentKeys,
+        ttl_s: int,
+        supplier: Supplier,
+        start_chore: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._keys, self._ttl_s = keys, ttl_s
+        self._supplier, self._start_chore = supplier, start_chore
+        self._loop = asyncio.get_running_loop()
+        self._outcomes: dict[str, list[Any]] = {}  # lane -> flat outcomes
+        self._notices: dict[bytes, tuple[bytes, bytes]] = {}  # ref -> client, place
+        self._in_the_air = 0
+        self._is_scheduled = False
+        self.link: Link | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Is everything acknowledged?"""
+        return not self._in_the_air and not any(self._outcomes.values())
+
+    def holds(self, lane: str, entry: bytes) -> bool:
+        """Does an outcome of this entry wait to be sent (again)?"""
+        return entry in self._outcomes.get(lane, ())[::FIELDS]
+
+    def finish(self, lane: str, entry: bytes, ref: bytes, client: bytes, state: bytes, envelope: bytes) -> None:
+        outcomes = self._outcomes.get(lane)
+        if outcomes is None:
+            outcomes = self._outcomes[lane] = []
+        outcomes += (entry, ref, client, state, envelope)
+        if self._notices:
+            self._notices.pop(ref, None)  # the result says it
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def notice(self, ref: bytes, client: bytes, place: bytes) -> None:
+        """Tell the caller that its request is running, unless it has ended by the next flush."""
+        self._notices[ref] = (client, place)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def resume(self, link: Link) -> None:
+        """There is a connection (again): send what is waiting."""
+        self.link = link
+        self._flush()
+
+    def _flush(self) -> None:
+        self._is_scheduled = False
+        link = self.link
+        if link is None or not link.is_up:
+            return
+        for lane, outcomes in self._outcomes.items():
+            for start in range(0, len(outcomes), FIELDS * AT_ONCE):
+                self._send(link, lane, outcomes[start : start + FIELDS * AT_ONCE])
+        self._outcomes.clear()
+        if self._notices:
+            self._send_notices(link)
+
+    def _send(self, link: Link, lane: str, batch: list[Any]) -> None:
+        self._in_the_air += 1
+        link.start(
+            scripts.finish(self._keys, lane, self._ttl_s, batch), lambda reply: self._finished(lane, batch, reply)
+        )
+
+    def _finished(
+        self, lane: str, batch: list[Any], reply: tuple[dict[int, Finished], list[Waiter]] | Exception
+    ) -> None:
+        self._in_the_air -= 1
+        if isinstance(reply, Exception):
+            self._outcomes[lane] = batch + self._outcomes.get(lane, [])
+            if not isinstance(reply, BrokerUnavailableError):
+                log.error("finish was refused by the server and will be tried again: %s", reply)
+                self._loop.call_later(1.0, self._flush)
+            return
+        refused, waiters = reply
+        for position, why in refused.items():
+            if why is Finished.STALE:
+                ref = batch[position * FIELDS + 1].decode()
+                log.warning(
+                    "request %s~%s was taken over while it ran here: its late result is dropped", self._keys.tag, ref
+                )
+        if waiters:
+            self._start_chore(self._supply(lane, batch, waiters))
+
+    async def _supply(self, lane: str, batch: list[Any], waiters: list[Waiter]) -> None:
+        stored = {}
+        for i in range(0, len(batch), FIELDS):
+            entry, ref, _, state, envelope = batch[i : i + FIELDS]
+            stored[ref] = b"%b %b %b\n%b" % (state, lane.encode(), entry, envelope)
+        for waiter in waiters:
+            try:
+                await self._supplier.supply(
+                    f"{self._keys.tag}~{waiter.ref.decode()}", [waiter.waiter_id], stored[waiter.ref]
+                )
+            except BrokerUnavailableError:
+                return  # any sweeper finds the rest
+
+    def _send_notices(self, link: Link) -> None:
+        by_client: dict[bytes, list[bytes]] = {}
+        for ref, (client, place) in self._notices.items():
+            stored = b"running %b\n" % place
+            by_client.setdefault(client, []).append(
+                b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(ref), ref, len(stored), stored)
+            )
+        self._notices.clear()
+        for client, items in by_client.items():
+            message = b"*%d\r\n%b" % (2 * len(items), b"".join(items))
+            link.send(_ignore, "SPUBLISH", self._keys.reply(client.decode()), message)
+
+
+def _ignore(reply: Any) -> None:
+    """A notice is a hint: the caller finds out by itself."""

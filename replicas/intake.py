@@ -1,0 +1,92 @@
+"""The claim loop: takes as many requests as there are free slots, and blocks on the server only when there are none."""
+
+import logging
+import time
+from typing import Any
+
+from millstream.broker import scripts
+from millstream.broker.keys import GROUP, LANES, DeploymentKeys
+from millstream.broker.link import Link
+from millstream.broker.sweeper import LEASE_S
+from millstream.replicas.execution import Executor, read_entry
+
+BLOCK_MS = int(LEASE_S * 1000 / 2)  # at most half a lease: a dead replica's blocked read must not outlive its burial
+log = logging.getLogger("millstream.replica")
+
+
+class Intake:
+    """Claims over a connection of its own, so that a blocking read delays nothing else."""
+
+    def __init__(self, keys: DeploymentKeys, replica: str, executor: Executor, max_ongoing: int) -> None:
+        self._keys, self._replica = keys, replica
+        self._executor, self._max_ongoing = executor, max_ongoing
+        # Half of the slots at a time: while one half runs, the claim of the other is in the air.
+        self._at_once = max(1, (max_ongoing + 1) // 2)
+        self._lane_names = {keys.lane(name).encode(): name for name in LANES}
+        self.is_draining = False
+        self.last_answer = time.monotonic()  # of the server: proof that this replica gets work
+
+    @property
+    def free(self) -> int:
+        return self._max_ongoing - len(self._executor.running)
+
+    async def run(self, reads: Link, writes: Link) -> None:
+        """Claim until draining. Raises BrokerUnavailableError when the connection is lost."""
+        claim = self._claim(reads, 0)
+        while not self.is_draining:
+            if claim is None:
+                await self._a_free_slot()
+                claim = self._claim(reads, 0)
+                continue
+            claimed, claim = await claim, None
+            self.last_answer = time.monotonic()
+            if not claimed and not self.is_draining:
+                claimed = await self._within_slots(await self._block(reads), writes)
+                self.last_answer = time.monotonic()
+            if not self.is_draining:
+                claim = self._claim(reads, sum(len(entries) for _, entries in claimed))
+            self._start(claimed)
+        if claim is not None:
+            self._start(await claim)  # taken before we were told to stop
+
+    def _claim(self, reads: Link, about_to_start: int) -> Any:
+        count = min(self._at_once, self.free - about_to_start)
+        return reads.run(scripts.claim(self._keys, self._replica, count)) if count > 0 else None
+
+    async def _a_free_slot(self) -> None:
+        self._executor.slot_freed.clear()
+        if self.free <= 0 and not self.is_draining:
+            await self._executor.slot_freed.wait()
+
+    async def _block(self, reads: Link) -> list[Any]:
+        """Wait in the server for the next request; up to one per lane may come at once."""
+        command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS")
+        return await reads.ask(*command, *self._keys.lanes, *[">"] * len(LANES)) or []
+
+    async def _within_slots(self, claimed: list[Any], writes: Link) -> list[Any]:
+        """What there is a slot for; the surplus goes back to its own lane, as if it had never left."""
+        kept, free = [], self.free
+        for lane, entries in claimed:
+            if free >= len(entries):
+                free -= len(entries)
+                kept.append((lane, entries))
+            else:
+                name = self._lane_names[lane]
+                await writes.run(scripts.hand_back(self._keys, name, name, [entry for entry, _ in entries]))
+        return kept
+
+    def _start(self, claimed: list[Any]) -> None:
+        for lane, entries in claimed:
+            name = self._lane_names[lane]
+            for entry, fields in entries:
+                self._executor.start(read_entry(name, entry, fields))
+
+    async def reconcile(self, reads: Link) -> None:
+        """After a reconnect: run what the server delivered in a reply that never arrived."""
+        for lane in self._keys.lanes:
+            name = self._lane_names[lane.encode()]
+            for _, entries in await reads.ask("XREADGROUP", "GROUP", GROUP, self._replica, "STREAMS", lane, "0") or []:
+                for entry, fields in entries:
+                    if fields and not self._executor.holds(name, entry):
+                        log.warning("request %s was delivered in a lost reply: it starts now", entry.decode())
+                        self._executor.start(read_entry(name, entry, fields))

@@ -1,0 +1,349 @@
+"""The launcher of one node: starts replicas by the plan in Redis, keeps their leases, sees their deaths at once.
+
+It imports no user code. What a dead replica held is released within milliseconds of its death.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Coroutine
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from millstream.broker import scripts
+from millstream.broker.connection import DOWN, backoff, open_control, run
+from millstream.broker.registry import NodeRecord, Registry, ReplicaRecord
+from millstream.broker.supplying import Supplier
+from millstream.broker.sweeper import LEASE_S, Sweeper, bury
+from millstream.config import DeploymentConfig, Settings
+from millstream.replicas.control import Control
+from millstream.replicas.output import prefix_of, relay
+from millstream.replicas.process import CannotFork, Message, ReplicaProcess, WarmFailed, WarmParent
+from millstream.replicas.reconcile import Running, reconcile
+
+TICK_S = 1.0  # a lost wake-up costs at most this
+START_FAILURES = 3  # in a row, of one version: then it cannot start
+QUICK_DEATH_S = 5.0  # a replica that lives no longer is started again with a growing delay
+log = logging.getLogger("millstream.launcher")
+
+
+class Launcher:
+    """`run()` until `stop()`; then everything drains."""
+
+    def __init__(self, settings: Settings, node: str | None = None, *, lease_s: float = LEASE_S) -> None:
+        self._settings, self._lease_s = settings, lease_s
+        self.node = node or f"{socket.gethostname().split('.')[0]}-{secrets.token_hex(2)}"
+        self._client: Any = open_control(settings, f"ms:launcher:{self.node}")
+        self._run = partial(run, self._client)
+        self._ask = self._client.execute_command
+        self._registry = Registry(self._client, settings)
+        self._supplier = Supplier(settings, self._run)
+        self._sweeper = Sweeper(settings, self._run, self._ask, lease_s=lease_s)
+        self._parents: dict[tuple[str, str], WarmParent] = {}
+        self._replicas: dict[str, ReplicaProcess] = {}
+        self._starting: dict[tuple[str, str], int] = {}  # (tag, version) -> forks under way
+        self._failures: dict[tuple[str, str], int] = {}
+        self._given_up: set[tuple[str, str]] = set()
+        self._not_before: dict[str, float] = {}  # tag -> when the next start may be, after quick deaths
+        self._quick_deaths: dict[str, int] = {}
+        self._told: set[tuple[str, str]] = set()  # applications whose user has heard that they cannot be forked
+        self._nudge = asyncio.Event()
+        self._tasks: TaskGroup | None = None
+        self._is_stopping = False
+
+    async def run(self) -> None:
+        """Work until stopped. Outages of the server are waited out."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                for loop in (self._renew_loop, self._sweep_loop, self._listen_loop):
+                    tasks.start_soon(self._guarded, loop)
+                await self._guarded(self._reconcile_loop)
+                await self._drain_all()
+                tasks.cancel_scope.cancel()
+        finally:
+            for parent in self._parents.values():
+                parent.close()
+            await self._client.aclose()
+
+    def stop(self) -> None:
+        """Drain everything and end."""
+        self._is_stopping = True
+        self._nudge.set()
+
+    # loops
+
+    async def _guarded(self, loop: Any) -> None:
+        """Run a loop; outages are logged once and waited out, and make the sweeper start its observations over."""
+        delays = backoff()
+        while not self._is_stopping:
+            try:
+                await loop()
+                return
+            except DOWN as e:
+                self._sweeper.connection_was_broken()
+                log.warning("%s; trying again", e)
+                await anyio.sleep(next(delays))
+
+    async def _reconcile_loop(self) -> None:
+        await self._register()
+        while not self._is_stopping:
+            self._nudge.clear()
+            await self.step()
+            with anyio.move_on_after(TICK_S):
+                await self._nudge.wait()
+
+    async def _renew_loop(self) -> None:
+        while True:
+            await self._renew()
+            await anyio.sleep(self._lease_s / 3)
+
+    async def _sweep_loop(self) -> None:
+        while True:
+            await anyio.sleep(random.uniform(0.8, 1.2))
+            for record in (await self._registry.apps()).values():
+                for tag in record.tags:
+                    await self._sweeper.step(tag)
+
+    async def _listen_loop(self) -> None:
+        """Reconcile at once when the plan changes."""
+        async with self._client.pubsub() as subscription:
+            await subscription.subscribe(self._registry.keys.node_wake(self.node))
+            while True:
+                if await subscription.get_message(ignore_subscribe_messages=True, timeout=TICK_S) is not None:
+                    self._nudge.set()
+
+    # one pass
+
+    async def step(self) -> None:
+        """Compare the plan with what runs; start, drain, and kill what does not answer."""
+        plan = await self._registry.plan(self.node)
+        actions = reconcile(plan, self._running())
+        for replica in actions.drain:
+            await self._drain(self._replicas[replica])
+        for (tag, version), count in actions.start.items():
+            if (tag, version) not in self._given_up and self._not_before.get(tag, 0) <= time.monotonic():
+                for _ in range(count):
+                    self._starting[tag, version] = self._starting.get((tag, version), 0) + 1
+                    self._start_task(self._start(tag, version))
+        await self._kill_the_hung()
+        self._close_unused_parents({(tag.partition(".")[0], version) for tag, (_, version) in plan.items()})
+
+    def _running(self) -> list[Running]:
+        running = [
+            Running(r.replica, r.tag, r.version, r.is_ready, r.is_draining, r.ongoing) for r in self._replicas.values()
+        ]
+        for (tag, version), count in self._starting.items():
+            running += [Running(f"~{i}", tag, version, False, False) for i in range(count)]
+        return running
+
+    async def _drain(self, process: ReplicaProcess | None) -> None:
+        if process is not None and not process.is_draining:
+            config = await self._config(process.tag)
+            await process.drain(config.graceful_shutdown_timeout_s)
+
+    async def _config(self, tag: str) -> DeploymentConfig:
+        text = await self._client.hget(self._registry.keys_of(tag).config, "config")
+        return DeploymentConfig.from_json(text) if text else DeploymentConfig()
+
+    async def _kill_the_hung(self) -> None:
+        now = time.monotonic()
+        for process in list(self._replicas.values()):
+            if process.kill_at is not None and now > process.kill_at:
+                log.warning("replica %s did not end in time: killed", process.replica)
+                process.kill()
+            elif process.is_ready and now - process.well_at > 2 * TICK_S:
+                limit = (await self._config(process.tag)).health_check_timeout_s
+                if now - process.well_at > limit:
+                    log.warning(
+                        "replica %s has not answered for %.0f s: killed", process.replica, now - process.well_at
+                    )
+                    process.kill()
+
+    def _close_unused_parents(self, used: set[tuple[str, str]]) -> None:
+        busy = {(tag.partition(".")[0], version) for tag, version in self._starting}
+        for key in [key for key in self._parents if key not in used | busy]:
+            self._parents.pop(key).close()
+
+    # starting
+
+    async def _start(self, tag: str, version: str) -> None:
+        try:
+            await self._start_one(tag, version)
+        except WarmFailed as e:
+            await self._give_up(tag, version, str(e), e.traceback)
+        except DOWN as e:
+            log.warning("replica of %s not started: %s", tag, e)
+        finally:
+            left = self._starting[tag, version] - 1
+            if left:
+                self._starting[tag, version] = left
+            else:
+                del self._starting[tag, version]
+
+    async def _start_one(self, tag: str, version: str) -> None:
+        app = tag.partition(".")[0]
+        record = (await self._registry.apps()).get(app)
+        if record is None or record.version != version:
+            return  # replaced meanwhile; the plan will say so
+        config = await self._config(tag)
+        parent = await self._warm_parent(app, version, record.tags, spawn=config.start_method == "spawn")
+        replica = f"r-{secrets.token_hex(3)}"
+        keys = self._registry.keys_of(tag)
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        ours, theirs = socket.socketpair()
+        order = {"tag": tag, "replica": replica, "node": self.node, "version": version, "config": config.to_json()}
+        await self._run(scripts.renew([keys.lease(replica)], self._lease_s, self.node))
+        try:
+            pid = await parent.fork(order, [out_write, err_write, theirs.fileno()])
+        finally:
+            for fd in (out_write, err_write):
+                os.close(fd)
+            theirs.close()
+        process = ReplicaProcess(replica, tag, version, pid, parent, Control(ours))
+        self._replicas[replica] = process
+        starting = ReplicaRecord(replica, self.node, pid, version, "STARTING", await self._registry.now_ms())
+        await self._client.hsetnx(keys.replicas, replica, json.dumps(asdict(starting)))
+        prefix = prefix_of(tag, replica)
+        self._start_task(relay(out_read, prefix, sys.stdout))
+        self._start_task(relay(err_read, prefix, sys.stderr))
+        self._start_task(process.listen(self._heard))
+        process.watch(self._died)
+
+    async def _warm_parent(self, app: str, version: str, tags: list[str], *, spawn: bool) -> WarmParent:
+        """The application's parent, started if need be; one of its own for a replica that may not be forked."""
+        key = (app, version)
+        if not spawn:
+            parent = self._parents.get(key)
+            if parent is None or not parent.is_alive:
+                parent = self._parents[key] = WarmParent(app, version)
+                parent.starting = asyncio.ensure_future(parent.start(self._settings, tags, spawn=False))
+            try:
+                assert parent.starting is not None
+                await asyncio.shield(parent.starting)
+                return parent
+            except CannotFork as e:
+                if key not in self._told:
+                    self._told.add(key)
+                    log.warning("%s: %s; its replicas start as fresh processes, more slowly", app, e)
+            except WarmFailed:
+                self._parents.pop(key, None)
+                raise
+        parent = WarmParent(app, version)
+        await parent.start(self._settings, tags, spawn=True)
+        return parent
+
+    async def _give_up(self, tag: str, version: str, message: str, traceback: str) -> None:
+        log.error("%s cannot start: %s\n%s", tag, message, traceback)
+        self._given_up.add((tag, version))
+        await self._registry.fail(tag, version, message, traceback)
+
+    # what replicas say, and their end
+
+    def _heard(self, process: ReplicaProcess, message: Message) -> None:
+        process.well_at = time.monotonic()
+        if "ready" in message:
+            process.is_ready, process.connections = True, message["ready"]
+            self._failures.pop((process.tag, process.version), None)
+            self._nudge.set()
+        elif "well" in message:
+            process.ongoing = message["well"]
+        elif "failed" in message:
+            process.failure = (message["failed"], message["traceback"])
+
+    def _died(self, process: ReplicaProcess) -> None:
+        self._replicas.pop(process.replica, None)
+        self._start_task(self._bury(process))
+
+    async def _bury(self, process: ReplicaProcess) -> None:
+        how = await process.parent.how_it_ended(process.pid, 0.02)
+        keys = self._registry.keys_of(process.tag)
+        delays = backoff()
+        while True:
+            try:
+                requeued = await bury(self._run, self._ask, self._supplier, keys, process.replica, how, expired=False)
+                break
+            except DOWN:
+                await anyio.sleep(next(delays))
+        if requeued or not process.is_draining:
+            log.warning(
+                "replica %s of %s (pid %d): %s; %d requests go to others",
+                process.replica,
+                process.tag,
+                process.pid,
+                how,
+                requeued,
+            )
+        if not process.is_draining:
+            await self._count_death(process, how)
+        self._nudge.set()
+
+    async def _count_death(self, process: ReplicaProcess, how: str) -> None:
+        """Slow down restarts of what dies young, and give up on what never gets ready."""
+        if not process.is_ready:
+            key = (process.tag, process.version)
+            self._failures[key] = self._failures.get(key, 0) + 1
+            if self._failures[key] >= START_FAILURES:
+                message, traceback = process.failure or (f"its process {how} while starting", "")
+                await self._give_up(*key, f"{message} ({START_FAILURES} times in a row)", traceback)
+        if time.monotonic() - process.started_at < QUICK_DEATH_S:
+            quick = self._quick_deaths[process.tag] = self._quick_deaths.get(process.tag, 0) + 1
+            self._not_before[process.tag] = time.monotonic() + min(10.0, 0.05 * 2**quick)
+        else:
+            self._quick_deaths.pop(process.tag, None)
+
+    # the node itself
+
+    async def _register(self) -> None:
+        await self._renew()
+        record = NodeRecord(self.node, socket.gethostname(), os.getpid(), await self._registry.now_ms())
+        await self._client.hset(self._registry.keys.nodes, self.node, json.dumps(asdict(record)))
+        await self._registry.announce(f"node {self.node} is up")
+
+    async def _renew(self) -> None:
+        await self._run(scripts.renew([self._registry.keys.node_lease(self.node)], self._lease_s, self.node))
+        by_tag: dict[str, list[str]] = {}
+        for process in self._replicas.values():
+            by_tag.setdefault(process.tag, []).append(process.replica)
+        for tag, replicas in by_tag.items():
+            keys = self._registry.keys_of(tag)
+            await self._run(scripts.renew([keys.lease(replica) for replica in replicas], self._lease_s, self.node))
+
+    async def _drain_all(self) -> None:
+        """Drain every replica, wait for their ends, and take the node off the list."""
+        try:
+            keys = self._registry.keys
+            await self._client.hdel(keys.nodes, self.node)
+            await self._client.delete(keys.node_lease(self.node), keys.node_plan(self.node))
+            await self._registry.announce(f"node {self.node} is leaving")
+        except DOWN as e:
+            log.warning("the node could not be taken off the list: %s", e)
+        for process in list(self._replicas.values()):
+            try:
+                await self._drain(process)
+            except DOWN:
+                await process.drain(DeploymentConfig().graceful_shutdown_timeout_s)
+        while self._replicas:
+            now = time.monotonic()
+            for process in list(self._replicas.values()):
+                if process.kill_at is not None and now > process.kill_at:
+                    process.kill()
+            await anyio.sleep(0.01)
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        async def go() -> None:
+            await work
+
+        assert self._tasks is not None
+        self._tasks.start_soon(go)

@@ -1,0 +1,99 @@
+"""From a definition to something that can be called: the user's object, its methods, and how each of them runs."""
+
+import dis
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from millstream.broker.definitions import Definition
+from millstream.config import DeploymentConfig
+from millstream.errors import MillstreamError
+
+ASYNC_ONGOING = 100  # default max_ongoing_requests of a deployment with an async method
+
+# Opcodes at which a coroutine may give up control, over the Python versions we support.
+_SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "SEND", "YIELD_VALUE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One callable method: `is_async` runs on the loop, else in a thread; `is_prompt` cannot even suspend."""
+
+    function: Callable[..., Any]
+    is_async: bool
+    is_prompt: bool
+
+
+class Served:
+    """The user's object in this replica."""
+
+    def __init__(self, instance: Any, name: str) -> None:
+        self.instance, self._name = instance, name
+        self._methods: dict[bytes, Method] = {}
+
+    def method(self, name: bytes) -> Method:
+        """Look a method up, once. Raises MillstreamError naming those there are."""
+        found = self._methods.get(name)
+        if found is None:
+            found = self._methods[name] = self._bind(name.decode())
+        return found
+
+    def _bind(self, name: str) -> Method:
+        function: Any
+        if inspect.isroutine(self.instance) and name == "__call__":
+            function = self.instance
+        else:
+            function = getattr(self.instance, name, None)
+            if not callable(function) or (name.startswith("__") and name != "__call__"):
+                raise MillstreamError(
+                    f"{self._name} has no method {name!r}; available methods: {', '.join(self.public_methods()) or 'none'}",
+                    method=name,
+                )
+        body = function if inspect.isroutine(function) else type(function).__call__
+        return Method(function, inspect.iscoroutinefunction(body), _is_prompt(body))
+
+    def public_methods(self) -> list[str]:
+        if inspect.isroutine(self.instance):
+            return ["__call__"]
+        names = [n for n in dir(self.instance) if n == "__call__" or not n.startswith("__")]
+        return [n for n in names if callable(getattr(self.instance, n, None))]
+
+    @property
+    def has_async_methods(self) -> bool:
+        return any(
+            self._bind(name).is_async
+            for name in self.public_methods()
+            if not name.startswith("_") or name == "__call__"
+        )
+
+    def max_ongoing(self, config: DeploymentConfig) -> int:
+        """How many requests may run here at once."""
+        if config.max_ongoing_requests is not None:
+            return config.max_ongoing_requests
+        return ASYNC_ONGOING if self.has_async_methods else config.sync_threads
+
+
+def _is_prompt(function: Any) -> bool:
+    """Can this coroutine function never suspend? Then it may run without a task of its own.
+
+    Decided by its code, not by trying: what suspends needs its own task from its first instruction on
+    (asyncio.timeout and anyio's cancel scopes remember the task they were entered in).
+    """
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType) or not inspect.iscoroutinefunction(function):
+        return False
+    return not any(i.opname in _SUSPENDING for i in dis.get_instructions(function))
+
+
+async def build(definition: Definition, name: str) -> Served:
+    """Construct the user's object. Raises whatever its constructor does."""
+    target = definition.target
+    if not inspect.isclass(target):
+        return Served(target, name)
+    if not inspect.iscoroutinefunction(target.__init__):
+        return Served(target(*definition.args, **definition.kwargs), name)
+    instance = target.__new__(target)  # `async def __init__`: Ray Serve's way to await while loading
+    await target.__init__(instance, *definition.args, **definition.kwargs)
+    return Served(instance, name)

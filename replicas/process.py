@@ -1,0 +1,169 @@
+"""The launcher's side of its processes: warm parents and the replicas they fork, each watched through a pidfd."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from millstream.config import Settings
+from millstream.errors import MillstreamError
+from millstream.replicas.control import Control
+
+Message = dict[str, Any]
+
+
+class WarmFailed(MillstreamError):
+    """The application cannot be imported. `traceback` has the details."""
+
+    traceback: str = ""
+
+
+class CannotFork(MillstreamError):
+    """The application is imported, but its process may not fork."""
+
+
+class WarmParent:
+    """One warm parent process. `start()` returns when the application is imported."""
+
+    def __init__(self, app: str, version: str) -> None:
+        self.app, self.version = app, version
+        self._control: Control | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._forked: dict[str, asyncio.Future[int]] = {}
+        self._ended: dict[int, asyncio.Future[str]] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._is_warm: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_closed = False
+        self.starting: asyncio.Future[None] | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None and not self.is_closed
+
+    async def start(self, settings: Settings, tags: list[str], *, spawn: bool) -> None:
+        """Raises WarmFailed, or CannotFork (then the process is gone)."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "millstream.replicas.warm", str(theirs.fileno())]
+        environment = {**os.environ, **settings.to_environment(), "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - a few ms; asyncio's own would not let us pass it on
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        self._control = Control(ours)
+        self._reading = asyncio.create_task(self._read(self._control))
+        await self._control.send({"app": self.app, "tags": tags, "spawn": spawn})
+        await self._is_warm
+
+    async def fork(self, order: Message, files: list[int]) -> int:
+        """Have it fork (or become) a replica; the pid. Raises WarmFailed if the process has gone."""
+        assert self._control is not None
+        forked = self._forked[order["replica"]] = asyncio.get_running_loop().create_future()
+        try:
+            self._control.send_with_files(order, files)
+        except OSError as e:
+            raise WarmFailed("the warm parent has gone") from e
+        pid: int = await forked
+        self._ended[pid] = asyncio.get_running_loop().create_future()
+        return pid
+
+    async def how_it_ended(self, pid: int, patience_s: float) -> str:
+        """The exit of a child in words; the parent's report is a hair behind the pidfd, and may never come."""
+        ended = self._ended.pop(pid, None)
+        if ended is None or not self.is_alive:
+            return "died"
+        try:
+            return await asyncio.wait_for(ended, patience_s)
+        except TimeoutError:
+            return "died"
+
+    def close(self) -> None:
+        """Let it go; replicas that it forked live on."""
+        self.is_closed = True
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=0.5)
+
+    async def _read(self, control: Control) -> None:
+        async for message in control.messages():
+            self._heard(message)
+        self._fail(
+            WarmFailed("importing the application ended its process", traceback="(no traceback: see the output above)")
+        )
+
+    def _heard(self, message: Message) -> None:
+        if "warm" in message:
+            self._is_warm.set_result(None)
+        elif "failed" in message:
+            self._fail(WarmFailed(message["failed"], traceback=message["traceback"]))
+        elif "cannot_fork" in message:
+            self._fail(CannotFork(message["cannot_fork"]))
+        elif "forked" in message:
+            self._forked.pop(message["replica"]).set_result(message["forked"])
+        elif "ended" in message:
+            ended = self._ended.get(message["ended"])
+            if ended is not None and not ended.done():
+                ended.set_result(message["how"])
+
+    def _fail(self, error: MillstreamError) -> None:
+        futures: list[asyncio.Future[Any]] = [self._is_warm, *self._forked.values()]
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
+
+
+class ReplicaProcess:
+    """One replica process: its pid, what it last said, and a callback at its death."""
+
+    def __init__(self, replica: str, tag: str, version: str, pid: int, parent: WarmParent, control: Control) -> None:
+        self.replica, self.tag, self.version, self.pid = replica, tag, version, pid
+        self.parent, self.control = parent, control
+        self.is_ready = False
+        self.is_draining = False
+        self.ongoing = 0
+        self.connections: list[int] = []
+        self.failure: tuple[str, str] | None = None  # message, traceback: its constructor raised
+        self.started_at = self.well_at = time.monotonic()
+        self.kill_at: float | None = None
+        self._when_orphaned: Callable[[ReplicaProcess], None] | None = None
+        self._pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+
+    def watch(self, on_death: Callable[["ReplicaProcess"], None]) -> None:
+        """Call `on_death(self)` once, about a millisecond after the process ends (on the closing of its socket elsewhere)."""
+        loop = asyncio.get_running_loop()
+        if self._pidfd is None:
+            self._when_orphaned = on_death
+            return
+        pidfd = self._pidfd
+
+        def readable() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            on_death(self)
+
+        loop.add_reader(pidfd, readable)
+
+    async def listen(self, on_message: Callable[["ReplicaProcess", Message], None]) -> None:
+        async for message in self.control.messages():
+            on_message(self, message)
+        if self._when_orphaned is not None:
+            self._when_orphaned(self)
+
+    async def drain(self, grace_s: float) -> None:
+        """Ask it to finish and end; it is killed `grace_s` and a little later."""
+        self.is_draining = True
+        self.kill_at = time.monotonic() + grace_s + 2.0
+        await self.control.send({"drain": True})
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)

@@ -1,0 +1,242 @@
+"""The life of one replica: construct the user's object, register, claim and run requests, drain, say goodbye.
+
+It runs in a process of its own, forked from the warm parent of its application. Its launcher renews its lease, sees
+its death and speaks with it over a socket; when the launcher dies, the replica drains.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from millstream.broker import scripts
+from millstream.broker.codec import codec_for
+from millstream.broker.connection import backoff, ensure_groups
+from millstream.broker.definitions import Definition
+from millstream.broker.keys import GROUP, Keys
+from millstream.broker.link import Link, dial
+from millstream.broker.registry import ReplicaRecord
+from millstream.broker.supplying import Supplier
+from millstream.broker.sweeper import LEASE_S, Sweeper, bury
+from millstream.config import DeploymentConfig, Settings
+from millstream.errors import BrokerUnavailableError
+from millstream.replicas.control import Control
+from millstream.replicas.execution import Executor
+from millstream.replicas.finisher import Finisher
+from millstream.replicas.intake import Intake
+from millstream.replicas.loader import Served, build
+
+HOUSEKEEPING_S = 1.0
+log = logging.getLogger("millstream.replica")
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What a replica is told when it is made."""
+
+    tag: str
+    replica: str
+    node: str
+    version: str
+    config: DeploymentConfig
+
+
+class Replica:
+    """One replica. `run()` is its whole life; its return value is the process's exit code."""
+
+    def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Control) -> None:
+        self._settings, self._birth, self._definition, self._control = settings, birth, definition, control
+        self._keys = Keys(settings.namespace).deployment(birth.tag)
+        self._record = ReplicaRecord(
+            birth.replica, birth.node, os.getpid(), birth.version, "STARTING", int(time.time() * 1000)
+        )
+        self._chores: set[asyncio.Task[Any]] = set()
+        self._stop = asyncio.Event()
+        self._writes: Link | None = None
+        self._intake: Intake | None = None
+        self._blocked_reads = 0  # client id of the connection that may be blocked in the server
+
+    async def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        listening = asyncio.create_task(self._listen())
+        try:
+            served = await self._construct()
+            if served is None:
+                return 1
+            return await self._serve(served)
+        finally:
+            listening.cancel()
+
+    async def _construct(self) -> Served | None:
+        """Build the user's object; what its constructor raises goes to the launcher, which decides what follows."""
+        try:
+            return await build(self._definition, self._birth.tag)
+        except BaseException as e:
+            text = traceback.format_exc()
+            log.error("the constructor of %s raised:\n%s", self._birth.tag, text)
+            await self._control.send({"failed": f"its constructor raised {type(e).__name__}: {e}", "traceback": text})
+            return None
+
+    async def _serve(self, served: Served) -> int:
+        config = self._birth.config
+        codec = codec_for(self._settings.secret_key, self._settings.namespace, self._birth.tag)
+        supplier = Supplier(self._settings, self._run)
+        finisher = Finisher(self._keys, int(config.result_ttl_s), supplier, self._start_chore)
+        where = f"replica {self._birth.replica}, pid {os.getpid()}"
+        executor = Executor(served, codec, self._settings, finisher, config.sync_threads, where)
+        self._intake = intake = Intake(self._keys, self._birth.replica, executor, served.max_ongoing(config))
+        serving = asyncio.create_task(self._stay_connected(intake, finisher))
+        housekeeping = asyncio.create_task(self._keep_house(intake, executor))
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+            await self._drain(intake, executor, finisher, serving, supplier)
+            return 0
+        finally:
+            for task in (serving, housekeeping, stopping, *self._chores):
+                task.cancel()
+            executor.close()
+
+    # serving
+
+    async def _stay_connected(self, intake: Intake, finisher: Finisher) -> None:
+        """Connect, claim until the connection is lost, and again: until draining."""
+        delays = backoff()
+        while not intake.is_draining:
+            reads = writes = None
+            try:
+                reads = await dial(self._settings, f"ms:reads:{self._birth.replica}")
+                writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
+                await self._come_up(reads, writes, intake, finisher)
+                delays = backoff()
+                await intake.run(reads, writes)
+                return
+            except BrokerUnavailableError as e:
+                log.warning("%s; trying again", e)
+                await asyncio.sleep(next(delays))
+            finally:
+                for link in (reads, writes):
+                    if link is not None and not intake.is_draining:
+                        link.close()
+
+    async def _come_up(self, reads: Link, writes: Link, intake: Intake, finisher: Finisher) -> None:
+        self._writes, self._blocked_reads = writes, reads.client_id
+        await ensure_groups(writes.ask, self._keys.lanes, GROUP)
+        await self._register("RUNNING", [reads.client_id, writes.client_id])
+        await intake.reconcile(reads)
+        finisher.resume(writes)
+        await self._control.send({"ready": [reads.client_id, writes.client_id]})
+
+    async def _register(self, state: str, connections: list[int] | None = None) -> None:
+        """Lease first: a replica that is listed without one is dead."""
+        known = self._record.connections if connections is None else connections
+        self._record = replace(self._record, state=state, connections=known)
+        await self._renew_lease()
+        await self._ask("HSET", self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record)))
+
+    async def _renew_lease(self) -> None:
+        await self._run(scripts.renew([self._keys.lease(self._birth.replica)], LEASE_S, self._birth.replica))
+
+    async def _keep_house(self, intake: Intake, executor: Executor) -> None:
+        """Once a second: sweep our deployment, and tell the launcher that we are well (if the server answers us)."""
+        sweeper = Sweeper(self._settings, self._run, self._ask)
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S * random.uniform(0.8, 1.2))
+            try:
+                await sweeper.step(self._birth.tag)
+                if self._control.is_orphaned:
+                    await self._renew_lease()
+            except BrokerUnavailableError:
+                sweeper.connection_was_broken()
+            else:
+                await self._control.send({"well": len(executor.running)})
+
+    async def _listen(self) -> None:
+        """Obey the launcher; without one, drain."""
+        async for message in self._control.messages():
+            if "drain" in message:
+                self._stop.set()
+        log.warning(
+            "the launcher of node %s is gone: replica %s finishes what it runs and ends",
+            self._birth.node,
+            self._birth.replica,
+        )
+        self._stop.set()
+
+    # the end
+
+    async def _drain(
+        self, intake: Intake, executor: Executor, finisher: Finisher, serving: asyncio.Task[None], supplier: Supplier
+    ) -> None:
+        """Stop claiming, hand back what was not started, let the rest finish until the deadline, say goodbye."""
+        deadline = time.monotonic() + self._birth.config.graceful_shutdown_timeout_s
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                intake.is_draining = True
+                await self._register("DRAINING")
+                await self._ask("CLIENT", "UNBLOCK", self._blocked_reads)
+                executor.slot_freed.set()
+                await asyncio.wait([serving])
+                await self._hand_back(executor)
+                await _until(lambda: not executor.running and finisher.is_idle and not self._chores)
+        except (TimeoutError, BrokerUnavailableError) as e:
+            left = len(executor.running)
+            log.warning(
+                "drain of replica %s ended early (%s): %d requests will run elsewhere",
+                self._birth.replica,
+                e or "deadline",
+                left,
+            )
+            return  # whoever buries us releases them
+        await bury(
+            self._run, self._ask_about_others, supplier, self._keys, self._birth.replica, "drained", expired=False
+        )
+
+    async def _hand_back(self, executor: Executor) -> None:
+        by_lane: dict[str, list[bytes]] = {}
+        for lane, entry in executor.hand_back_unstarted():
+            by_lane.setdefault(lane, []).append(entry)
+        for lane, entries in by_lane.items():
+            await self._run(scripts.hand_back(self._keys, lane, "returned", entries))
+
+    # the server
+
+    def _run(self, call: scripts.Call[Any]) -> asyncio.Future[Any]:
+        if self._writes is None:
+            return _down()
+        return self._writes.run(call)
+
+    def _ask(self, *command: Any) -> asyncio.Future[Any]:
+        if self._writes is None:
+            return _down()
+        return self._writes.ask(*command)
+
+    async def _ask_about_others(self, *command: Any) -> Any:
+        """As `_ask`, but never kills a connection: the ones on record are ours."""
+        return 0 if command[:2] == ("CLIENT", "KILL") else await self._ask(*command)
+
+    def _start_chore(self, chore: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+
+def _down() -> asyncio.Future[Any]:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.set_exception(BrokerUnavailableError("the connection to the server is down"))
+    return future
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - three owners would have to set an event; this runs once in a life
+        await asyncio.sleep(0.005)
