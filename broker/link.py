@@ -45,11 +45,15 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reader, callbacks = self._reader, self._callbacks
         reader.feed(data)
-        while (reply := reader.gets()) is not False:
-            if self._on_message is not None and type(reply) is list and reply[0] == b"smessage":
-                self._on_message(reply[2])
-            else:
-                callbacks.popleft()(reply)
+        try:
+            while (reply := reader.gets()) is not False:
+                if self._on_message is not None and type(reply) is list and reply[0] == b"smessage":
+                    self._on_message(reply[2])
+                else:
+                    callbacks.popleft()(reply)
+        except hiredis.ProtocolError as e:  # that is no Redis server
+            self.close()
+            self.connection_lost(e)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -145,7 +149,7 @@ async def dial(settings: Settings, name: str, on_message: Callable[[bytes], None
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             return await _dial(settings, name, on_message)
-    except (OSError, TimeoutError, hiredis.HiredisError) as e:
+    except (OSError, TimeoutError, hiredis.HiredisError, BrokerUnavailableError) as e:
         reason = "no answer" if isinstance(e, TimeoutError) else e
         raise BrokerUnavailableError(
             f"cannot reach the server at {redact(settings.url)}: {reason}; is it running, and is the password right?"

@@ -13,6 +13,7 @@ import cloudpickle
 from millstream.errors import PayloadTooLargeError, SerializationError
 
 PROTOCOL = 5
+MOST_STEPS = 100  # into what cannot be pickled, in search of the part that is in the way
 PAYLOAD_LIMIT_BYTES = 512 * 1024 * 1024  # the server's own limit for one string (proto-max-bulk-len)
 
 _plain_dumps = pickle.dumps
@@ -45,7 +46,7 @@ def _dump_or_explain(value: Any, what: str, replace: Callable[[Any], Any] | None
     try:
         return _dump_by_value(value, replace)
     except Exception as e:
-        path, culprit, reason = _find_culprit(value, "", replace, e)
+        path, culprit, reason = _find_culprit(value, "", replace, e, set()) or ("", value, e)
         where = f"{what}{path}"
         raise SerializationError(
             f"{where} cannot be pickled: {type(culprit).__name__} object ({reason}); pass what it is built from, "
@@ -72,16 +73,25 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 def _find_culprit(
-    value: Any, path: str, replace: Callable[[Any], Any] | None, error: BaseException, depth: int = 0
-) -> tuple[str, Any, BaseException]:
-    """The deepest part of `value` that fails by itself: (path to it, the part, its error)."""
-    if depth < 20:
-        for step, child in _children(value):
-            try:
-                _dump_by_value(child, replace)
-            except Exception as e:
-                return _find_culprit(child, path + step, replace, e, depth + 1)
-    return path, value, error
+    value: Any, path: str, replace: Callable[[Any], Any] | None, error: BaseException, seen: set[int]
+) -> tuple[str, Any, BaseException] | None:
+    """A part of `value` that fails by itself, not for one of its own parts: (path to it, the part, its error).
+
+    None where everything that fails in it was `seen` before: objects may contain each other.
+    """
+    seen.add(id(value))
+    fails_by_itself = True
+    for step, child in _children(value) if len(seen) < MOST_STEPS else ():
+        if id(child) in seen:
+            fails_by_itself = False
+            continue
+        try:
+            _dump_by_value(child, replace)
+        except Exception as e:
+            fails_by_itself = False
+            if found := _find_culprit(child, path + step, replace, e, seen):
+                return found
+    return (path, value, error) if fails_by_itself else None
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -100,4 +110,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             getattr(value, "__closure__", None) or (),
             strict=False,
         ):
-            yield f".<closure {cell_name}>", cell.cell_contents
+            try:
+                yield f".<closure {cell_name}>", cell.cell_contents
+            except ValueError:  # a variable without a value yet
+                continue

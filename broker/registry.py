@@ -65,7 +65,7 @@ class NewDeployment:
     definition: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeploymentView:
     """One deployment as it is in Redis now."""
 
@@ -73,6 +73,7 @@ class DeploymentView:
     name: str
     version: str
     config: DeploymentConfig
+    has_target: bool  # False until the autoscaler has seen it
     target: int
     reason: str
     failure: str  # why it cannot start; empty when it can
@@ -94,6 +95,8 @@ class DeploymentView:
         """Ray Serve's word for the state: UPDATING, HEALTHY, DEPLOY_FAILED, UPSCALING or DOWNSCALING."""
         if self.failure:
             return "DEPLOY_FAILED"
+        if not self.has_target:
+            return "UPDATING"
         running, others = len(self.running), len(self.replicas) - len(self.running)
         if running == self.target and not others:
             return "HEALTHY"
@@ -259,6 +262,7 @@ class Registry:
             name=name,
             version=version,
             config=DeploymentConfig.from_json(config[b"config"]),
+            has_target="target" in status,
             target=int(status.get("target", 0)),
             reason=status.get("reason", ""),
             failure=status.get("message", "") if failed else "",

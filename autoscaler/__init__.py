@@ -1,0 +1,1 @@
+"""Readings of the backlog -> policy -> targets, placed on nodes, each decision on record."""

@@ -1,0 +1,181 @@
+"""`@serve.deployment`, `.bind()` and the graph they make: values that say what to run, with no side effects."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NoReturn, overload
+
+from millstream.broker.keys import check_name
+from millstream.config import DeploymentConfig
+from millstream.errors import ConfigError
+from millstream.handles.handle import DeploymentHandle
+
+ASYNC_ONGOING = 100  # default max_ongoing_requests of a deployment with an async method
+
+
+class Deployment:
+    """A class or function that can be served, with its config. Made by `@serve.deployment`."""
+
+    def __init__(self, func_or_class: Callable[..., Any], name: str, config: DeploymentConfig) -> None:
+        self.func_or_class, self.name, self.config = func_or_class, name, config
+        self.__doc__, self.__module__ = func_or_class.__doc__, func_or_class.__module__
+
+    def bind(self, *args: Any, **kwargs: Any) -> "Application":
+        """A node of a graph: this deployment with constructor arguments.
+
+        Nodes among the arguments become handles. The same node bound twice is one deployment; the same class bound
+        twice is two, `D` and `D_1`. Raises TypeError when the constructor would not take the arguments.
+        """
+        self._check_arguments(args, kwargs)
+        return Application(self, args, kwargs)
+
+    def options(self, **options: Any) -> "Deployment":
+        """A copy with other options; the same names as `@serve.deployment`. Raises ConfigError."""
+        name = options.pop("name", None) or self.name
+        return Deployment(self.func_or_class, _checked_name(name), self.config.updated(options))
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            f"deployment {self.name!r} is not called itself: deploy it with serve.run({self.name}.bind(...)) "
+            "and call the handle that returns"
+        )
+
+    def __repr__(self) -> str:
+        return f"Deployment(name={self.name!r})"
+
+    def _check_arguments(self, args: Any, kwargs: Any) -> None:
+        if not inspect.isclass(self.func_or_class):
+            if args or kwargs:
+                raise TypeError(f"deployment {self.name!r} is a function: bind() takes no arguments for it")
+            return
+        try:
+            signature = inspect.signature(self.func_or_class)
+        except (ValueError, TypeError):
+            return  # a builtin or a metaclass: its constructor will tell
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as e:
+            raise TypeError(f"{self.name}.bind(): {e}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """A bound deployment and, through its arguments, the graph below it. Equal only to itself."""
+
+    deployment: Deployment
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Application({self.deployment.name!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One deployment of a compiled graph: handles stand where other nodes stood."""
+
+    name: str
+    deployment: Deployment
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def config(self) -> DeploymentConfig:
+        """With `max_ongoing_requests` settled: the autoscaler, which imports no user code, goes by it."""
+        config = self.deployment.config
+        if config.max_ongoing_requests is not None:
+            return config
+        ongoing = ASYNC_ONGOING if has_async_methods(self.deployment.func_or_class) else config.sync_threads
+        return replace(config, max_ongoing_requests=ongoing)
+
+
+def compile_graph(application: Application, app_name: str) -> list[Node]:
+    """The deployments of an application, the ingress first, each named once."""
+    if not isinstance(application, Application):
+        hint = "; write .bind() after it" if isinstance(application, Deployment) else ""
+        raise TypeError(f"serve.run() takes what .bind() returns, not {type(application).__name__}{hint}")
+    names: dict[Application, str] = {}
+    for node in _walk(application):
+        names[node] = _unused(node.deployment.name, set(names.values()))
+
+    def with_handles(value: Any) -> Any:
+        return _replaced(value, lambda node: DeploymentHandle(names[node], app_name))
+
+    return [
+        Node(name, node.deployment, with_handles(node.args), with_handles(node.kwargs)) for node, name in names.items()
+    ]
+
+
+def _walk(application: Application) -> Iterator[Application]:
+    """Every node once, callers before what they call."""
+    seen: set[Application] = set()
+    todo = [application]
+    while todo:
+        node = todo.pop(0)
+        if node not in seen:
+            seen.add(node)
+            yield node
+            found: list[Application] = []
+            _replaced((node.args, node.kwargs), lambda inner, found=found: found.append(inner))  # type: ignore[misc]
+            todo += found
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    return next(candidate for n in range(1, len(taken) + 1) if (candidate := f"{name}_{n}") not in taken)
+
+
+def _replaced(value: Any, make: Callable[[Application], Any]) -> Any:
+    """`value` with every node in it, in containers and dataclasses at any depth, replaced."""
+    if isinstance(value, Application):
+        return make(value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, make) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [_replaced(item, make) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: _replaced(getattr(value, f.name), make) for f in fields(value) if f.init}
+        if any(changes[name] is not getattr(value, name) for name in changes):
+            return replace(value, **changes)
+    return value
+
+
+def has_async_methods(target: Any) -> bool:
+    """Does a class have a public async method, or is a function async?"""
+    if not inspect.isclass(target):
+        return inspect.iscoroutinefunction(target)
+    names = [name for name in dir(target) if not name.startswith("_") or name == "__call__"]
+    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
+
+
+def _checked_name(name: Any) -> str:
+    try:
+        return check_name("deployment", name)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+@overload
+def deployment(func_or_class: Callable[..., Any], /) -> Deployment: ...
+@overload
+def deployment(**options: Any) -> Callable[[Callable[..., Any]], Deployment]: ...
+def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a class or function servable. Bare, or with options.
+
+    Options: name, num_replicas (a number or "auto"), autoscaling_config, max_ongoing_requests (alias
+    max_concurrent_queries), sync_threads, max_attempts, result_ttl_s, user_config, health_check_timeout_s,
+    graceful_shutdown_timeout_s, start_method. Raises ConfigError, which names the option.
+    """
+
+    def decorate(target: Callable[..., Any]) -> Deployment:
+        if isinstance(target, Deployment):
+            raise TypeError(f"{target!r} is a deployment already")
+        if not callable(target):
+            raise TypeError(f"@serve.deployment takes a class or a function, not {type(target).__name__}")
+        given = dict(options)
+        name = given.pop("name", None) or target.__name__
+        return Deployment(target, _checked_name(name), DeploymentConfig().updated(given))
+
+    return decorate if func_or_class is None else decorate(func_or_class)

@@ -1,0 +1,91 @@
+"""The processes that a `serve.run` or `millstream run` owns: server, launcher, autoscaler, dashboard.
+
+Each holds the reading end of a pipe from its owner as stdin: when the owner exits or is killed, they end. One that dies
+by itself is started again.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from millstream import embedded
+from millstream.config import Settings
+
+RESTART_AFTER_S = 0.5
+log = logging.getLogger("millstream")
+
+
+class Tree:
+    """What this process has started. `close()` ends it in order; the end of this process does too."""
+
+    def __init__(self) -> None:
+        self._owner_pid = os.getpid()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[list[str], dict[str, str]]] = {}
+        self._server: embedded.EmbeddedServer | None = None
+        self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
+        atexit.register(self.close)
+
+    def start_server(self, folder: Path | None, namespace: str = "ms") -> Settings:
+        """Start an embedded server; durable in `folder`, temporary without one."""
+        self._server = embedded.start(folder, namespace)
+        return self._server.settings
+
+    @property
+    def has_server(self) -> bool:
+        return self._server is not None
+
+    def start(self, name: str, arguments: list[str], settings: Settings) -> None:
+        """Start `millstream ARGUMENTS` as a child and keep it running."""
+        command = [sys.executable, "-m", "millstream", *arguments, "--owned"]
+        self._commands[name] = (command, {**os.environ, **settings.to_environment()})
+        self._spawn(name)
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="millstream-tree", daemon=True)
+            self._watcher.start()
+
+    def _spawn(self, name: str) -> None:
+        command, environment = self._commands[name]
+        # A session of its own: Ctrl-C in the terminal reaches only the owner, which ends the others in order.
+        self._children[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(RESTART_AFTER_S):
+            for name, child in list(self._children.items()):
+                if child.poll() is not None and not self._closing.is_set():
+                    log.warning("the %s ended (exit code %s) and is started again", name, child.returncode)
+                    self._spawn(name)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """End the children: first what decides and shows, then what runs replicas, the server last. Twice is as once."""
+        if self._closing.is_set() or os.getpid() != self._owner_pid:
+            return
+        self._closing.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + timeout_s
+        for name in ("dashboard", "autoscaler", "launcher"):
+            _end(self._children.pop(name, None), deadline)
+        if self._server is not None:
+            _end(self._server.guard, deadline)
+
+
+def _end(child: "subprocess.Popen[bytes] | None", deadline: float) -> None:
+    if child is None:
+        return
+    if child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+    try:
+        child.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
