@@ -16,6 +16,7 @@ from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
+REMOVE_WITHIN_S = 25.0  # longer than graceful_shutdown_timeout_s by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,9 @@ class Registry:
         for deployment in new:
             await self._store(deployment_tag(app, deployment.name), record, deployment)
         await self.client.hset(self.keys.apps, app, json.dumps(asdict(record)))
-        for tag in set(before.tags if before else ()) - set(record.tags):
-            await self._remove(tag)
         await self.announce(f"deployed {app}")
+        if gone := set(before.tags if before else ()) - set(record.tags):
+            await self._remove(sorted(gone))
         return record
 
     async def _store(self, tag: str, record: AppRecord, deployment: NewDeployment) -> None:
@@ -158,24 +159,30 @@ class Registry:
             await pipe.execute()
 
     async def delete(self, app: str) -> bool:
-        """Remove an application: its replicas drain, what is queued is gone. False if there was none."""
+        """Remove an application: nothing more is accepted, its replicas drain, then what is queued goes. False if there was none."""
         record = (await self.apps()).get(app)
         if record is None:
             return False
         await self.client.hdel(self.keys.apps, app)
-        for tag in record.tags:
-            await self._remove(tag)
-        await self.announce(f"deleted {app}")
+        await self._remove(record.tags)
         return True
 
-    async def _remove(self, tag: str) -> None:
-        """Only the keys that make it exist at first: draining replicas still finish what they run."""
-        keys = self.keys_of(tag)
-        held = [
-            keys.held(ref.decode())
-            for ref in [*await self.client.zrange(keys.parked, 0, -1), *await self.client.zrange(keys.due, 0, -1)]
-        ]
-        await self.client.delete(keys.config, keys.definition, *keys.owned, *held)
+    async def _remove(self, tags: Iterable[str]) -> None:
+        """Close the deployments to new requests, wait for their replicas to say goodbye, delete the rest."""
+        all_keys = [self.keys_of(tag) for tag in tags]
+        for keys in all_keys:
+            await self.client.delete(keys.config, keys.definition)
+        await self.announce(f"removed {', '.join(keys.tag for keys in all_keys)}")
+        for keys in all_keys:
+            with anyio.move_on_after(REMOVE_WITHIN_S):
+                while await self._has_living_replicas(keys):
+                    await anyio.sleep(0.02)
+            held = [*await self.client.zrange(keys.parked, 0, -1), *await self.client.zrange(keys.due, 0, -1)]
+            await self.client.delete(*keys.owned, *[keys.held(ref.decode()) for ref in held])
+
+    async def _has_living_replicas(self, keys: DeploymentKeys) -> bool:
+        leases = [keys.lease(name.decode()) for name in await self.client.hkeys(keys.replicas)]
+        return bool(leases) and await self.client.exists(*leases) > 0
 
     async def apps(self) -> dict[str, AppRecord]:
         records = await self.client.hgetall(self.keys.apps)

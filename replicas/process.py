@@ -74,13 +74,15 @@ class WarmParent:
 
     async def how_it_ended(self, pid: int, patience_s: float) -> str:
         """The exit of a child in words; the parent's report is a hair behind the pidfd, and may never come."""
-        ended = self._ended.pop(pid, None)
+        ended = self._ended.get(pid)
         if ended is None or not self.is_alive:
             return "died"
         try:
             return await asyncio.wait_for(ended, patience_s)
         except TimeoutError:
             return "died"
+        finally:
+            del self._ended[pid]
 
     def close(self) -> None:
         """Let it go; replicas that it forked live on."""

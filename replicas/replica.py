@@ -131,6 +131,10 @@ class Replica:
 
     async def _come_up(self, reads: Link, writes: Link, intake: Intake, finisher: Finisher) -> None:
         self._writes, self._blocked_reads = writes, reads.client_id
+        if not await writes.ask("EXISTS", self._keys.config):
+            log.info("deployment %s is gone: replica %s ends", self._birth.tag, self._birth.replica)
+            intake.is_draining = True  # `run` then takes in nothing, and the drain says goodbye
+            return
         await ensure_groups(writes.ask, self._keys.lanes, GROUP)
         await self._register("RUNNING", [reads.client_id, writes.client_id])
         await intake.reconcile(reads)
@@ -190,13 +194,13 @@ class Replica:
                 await self._hand_back(executor)
                 await _until(lambda: not executor.running and finisher.is_idle and not self._chores)
         except (TimeoutError, BrokerUnavailableError) as e:
-            left = len(executor.running)
-            log.warning(
-                "drain of replica %s ended early (%s): %d requests will run elsewhere",
-                self._birth.replica,
-                e or "deadline",
-                left,
-            )
+            if left := len(executor.running):
+                log.warning(
+                    "replica %s could not finish in time (%s): %d requests run elsewhere",
+                    self._birth.replica,
+                    e or "deadline",
+                    left,
+                )
             return  # whoever buries us releases them
         await bury(
             self._run, self._ask_about_others, supplier, self._keys, self._birth.replica, "drained", expired=False
