@@ -31,6 +31,7 @@ SECRET = PUBLIC_KEY
 KEYS = Keys("bench").deployment("bare.noop")
 CODEC = codec_for(SECRET, "bench", KEYS.tag)
 CLAIM_AT_ONCE = 500
+DIRECT = ("XREADGROUP", "GROUP", "replicas", "r1", "COUNT", CLAIM_AT_ONCE, "STREAMS", KEYS.lane("normal"), ">")
 
 
 def use_list_replies() -> None:
@@ -78,6 +79,7 @@ async def replica(settings: Settings) -> None:
             loop.call_soon(flush)
 
     while True:
+        direct = 0
         reply = await reads.ask(
             "XREADGROUP", "GROUP", "replicas", "r1", "COUNT", 1, "BLOCK", 2000, "STREAMS", *KEYS.lanes, *">>>>"
         )
@@ -90,7 +92,11 @@ async def replica(settings: Settings) -> None:
                         return
                     served += 1
                     run(entry, fields)
-            reply = await reads.run(scripts.claim(KEYS, "r1", CLAIM_AT_ONCE))
+            if direct:
+                direct -= 1
+                reply = await reads.ask(*DIRECT)
+            else:
+                direct, reply = await reads.run(scripts.claim(KEYS, "r1", CLAIM_AT_ONCE, 3))
 
 
 class Client:

@@ -23,9 +23,10 @@ def is_running(stored: bytes) -> bool:
 
 def open_stored(codec: Codec, ref: bytes, stored: bytes) -> Any:
     """The value under a result key, or the error it stands for, raised. SignatureError if it was tampered with."""
-    header, _, body = stored.partition(b"\n")
-    if header[:9] == b"succeeded":
+    body = stored[stored.find(b"\n") + 1 :]
+    if stored[:9] == b"succeeded":
         return codec.open("value", ref, body)
+    header = stored.partition(b"\n")[0]
     if header[:6] == b"failed":
         raise remote_errors.rebuild(codec.open("error", ref, body), f"{codec.tag}~{ref.decode()}")
     if header[:4] == b"dead":

@@ -20,7 +20,7 @@ _plain_dumps = pickle.dumps
 load = pickle.loads
 
 
-def dump(value: Any, *, what: str, replace: Callable[[Any], Any] | None = None) -> bytes:
+def dump(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> bytes:
     """Pickle `value`; `what` names it in errors ("argument of app.Model").
 
     Plain pickle stores what `__main__` defines by name, which no replica could look up: such values go by value.

@@ -16,6 +16,7 @@ from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
+VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
 REMOVE_WITHIN_S = 25.0  # longer than graceful_shutdown_timeout_s by default
 
 
@@ -280,16 +281,21 @@ class Registry:
         )
 
     async def views(self) -> list[DeploymentView]:
-        """Every deployment of every application."""
+        """Every deployment of every application. Raises what the first failed reading raised, not a group of them."""
         found: dict[tuple[str, str], DeploymentView | None] = {}
+        limiter = anyio.CapacityLimiter(VIEWS_AT_ONCE)
 
         async def look(app: str, name: str) -> None:
-            found[app, name] = await self.view(app, name)
+            async with limiter:
+                found[app, name] = await self.view(app, name)
 
         order = [(record.name, name) for record in (await self.apps()).values() for name in record.deployments]
-        async with anyio.create_task_group() as tasks:
-            for app, name in order:
-                tasks.start_soon(look, app, name)
+        try:
+            async with anyio.create_task_group() as tasks:
+                for app, name in order:
+                    tasks.start_soon(look, app, name)
+        except ExceptionGroup as group:  # a caller that catches an outage must see it as one
+            raise group.exceptions[0] from None
         return [view for pair in order if (view := found[pair]) is not None]
 
     async def decisions(self, tag: str, count: int = 20) -> list[dict[str, str]]:

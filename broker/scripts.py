@@ -172,9 +172,9 @@ def reject(keys: DeploymentKeys, ref: str, ttl_s: int, envelope: bytes) -> Call[
     )
 
 
-def claim(keys: DeploymentKeys, replica: str, free: int) -> Call[list[Any]]:
-    """Answers as XREADGROUP does: [[lane key, [[entry id, [field, value, ...]], ...]], ...]."""
-    return Call(script("claim"), (*keys.lanes, keys.replicas), (replica, free), lambda reply: reply)
+def claim(keys: DeploymentKeys, replica: str, free: int, direct: int = 0) -> Call[tuple[int, list[Any]]]:
+    """Answers how many direct reads of the last lane may follow, and what XREADGROUP would: [[lane, [[id, fields], ...]], ...]."""
+    return Call(script("claim"), (*keys.lanes, keys.replicas), (replica, free, direct), tuple)
 
 
 def finish(

@@ -28,20 +28,22 @@ class Arguments(NamedTuple):
     depends_on: list[str]
 
 
+_WAITED_FOR = (ObjectRef, asyncio.Future)
+
+
 def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Pickle the arguments of a call to `what`. Raises SerializationError, PayloadTooLargeError."""
     depends_on: list[str] = []
     for value in args:
-        if isinstance(value, ObjectRef | asyncio.Future):
+        if isinstance(value, _WAITED_FOR):
             args = tuple(_later(value, depends_on) for value in args)
             break
-    for value in kwargs.values():
-        if isinstance(value, ObjectRef | asyncio.Future):
-            kwargs = {name: _later(value, depends_on) for name, value in kwargs.items()}
-            break
-    return Arguments(
-        pickling.dump((args, kwargs), what=f"the arguments of {what}, (args, kwargs)", replace=_task_to_ref), depends_on
-    )
+    if kwargs:
+        for value in kwargs.values():
+            if isinstance(value, _WAITED_FOR):
+                kwargs = {name: _later(value, depends_on) for name, value in kwargs.items()}
+                break
+    return Arguments(pickling.dump((args, kwargs), what, _task_to_ref), depends_on)
 
 
 def _later(value: Any, depends_on: list[str]) -> Any:

@@ -27,6 +27,7 @@ from millstream.errors import BrokerUnavailableError, DeployFailedError, Deploym
 FIELDS = 5  # of one request in a submit call
 FLUSH_REQUESTS = 64  # a fuller script call gains nothing and delays the others
 FLUSH_BYTES = 64 * 1024
+IN_THE_AIR = 3  # so many submit calls go out without waiting for an answer; then what comes waits to be sent together
 PATIENCE_S = 30.0  # how long requests that no server has acknowledged survive an outage
 PATROL_S = 0.5  # a lost notice costs at most this and LOOK_AFTER_S
 LOOK_AFTER_S = 2.0  # what has waited so long is looked up, oldest first
@@ -78,6 +79,7 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         self.name = os.urandom(8).hex()  # of this client: the last part of its reply channels
         self.is_closed = False
+        self.now = time.monotonic
         self._ref_prefix, self._ref_numbers = os.urandom(6).hex().encode(), itertools.count()
         self._routes: dict[str, Route] = {}
         self._pending: dict[bytes, Pending] = {}
@@ -115,6 +117,8 @@ class Engine:
             self._prepare(route)
         elif not route.in_the_air or len(buffer) >= FIELDS * FLUSH_REQUESTS or route.buffered_bytes >= FLUSH_BYTES:
             self._flush(route)
+        elif route.in_the_air < IN_THE_AIR and len(buffer) == FIELDS:
+            self.loop.call_soon(self._flush, route)
 
     def hold(
         self,

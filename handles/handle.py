@@ -1,11 +1,11 @@
 """`DeploymentHandle` (asynchronous) and `SyncHandle`: how requests are made. Both pickle as names and options."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NoReturn, Self
 
+from millstream.broker.codec import Codec
 from millstream.broker.keys import deployment_tag
 from millstream.broker.outcomes import open_stored
 from millstream.errors import ConfigError
@@ -45,6 +45,7 @@ class _Handle:
         self._tag = deployment_tag(app_name, deployment_name)
         self._method = self._options.method_name.encode()
         self._want = b"matched" if self._options.block_until == "matched" else b""
+        self._what = f"the arguments of {self._tag}.{self._options.method_name}, (args, kwargs)"
         self._engine: Engine | None = None
         self._route: Route | None = None
 
@@ -91,10 +92,6 @@ class _Handle:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
 
-    @property
-    def _what(self) -> str:
-        return f"{self._tag}.{self._options.method_name}"
-
     def _submit(
         self, engine: Engine, route: Route, pending: Pending, encoded: arguments.Arguments, want: bytes
     ) -> None:
@@ -109,9 +106,9 @@ class _Handle:
 class CallFuture(asyncio.Future[Any]):
     """What `DeploymentHandle.call` returns: a future of the value. Cancelling it does not cancel the request."""
 
-    def __init__(self, engine: Engine, route: Route) -> None:
-        super().__init__(loop=engine.loop)
-        self.codec, self.ref, self.since = route.codec, engine.new_ref(), time.monotonic()
+    codec: Codec
+    ref: bytes
+    since: float
 
     def settle(self, stored: bytes) -> None:
         if not self.done():
@@ -156,7 +153,8 @@ class DeploymentHandle(_Handle):
     def call(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Send a request and await its value: one await. Raises what `remote` and its ref do."""
         engine, route = self._route_here()
-        future = CallFuture(engine, route)
+        future = CallFuture(loop=engine.loop)
+        future.codec, future.ref, future.since = route.codec, engine.new_ref(), engine.now()
         self._submit(engine, route, future, arguments.encode(self._what, args, kwargs), b"")
         return future
 

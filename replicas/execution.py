@@ -46,6 +46,7 @@ class Executor:
     ) -> None:
         self._served, self._codec, self._settings = served, codec, settings
         self._finisher, self._where = finisher, where
+        self._result_of = f"a result of {codec.tag}"
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
         self.running: dict[tuple[str, bytes], asyncio.Future[Any] | None] = {}
@@ -135,7 +136,7 @@ class Executor:
 
     def _succeeded(self, attempt: Attempt, value: Any) -> None:
         try:
-            body = pickling.dump(value, what=f"the result of {self._codec.tag}.{attempt.method.decode()}")
+            body = pickling.dump(value, self._result_of)
         except Exception as e:
             self._failed(attempt, e)
             return

@@ -1,5 +1,6 @@
 """The claim loop: takes as many requests as there are free slots, and blocks on the server only when there are none."""
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from millstream.broker.sweeper import LEASE_S
 from millstream.replicas.execution import Executor, read_entry
 
 BLOCK_MS = int(LEASE_S * 1000 / 2)  # at most half a lease: a dead replica's blocked read must not outlive its burial
+DIRECT_READS = 3  # of a deep lane, between two looks at all lanes: what is returned or urgent waits no longer than that
 log = logging.getLogger("millstream.replica")
 
 
@@ -23,6 +25,7 @@ class Intake:
         # Half of the slots at a time: while one half runs, the claim of the other is in the air.
         self._at_once = max(1, (max_ongoing + 1) // 2)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
+        self._direct_reads, self._direct_lane = 0, b""
         self.is_draining = False
         self.last_answer = time.monotonic()  # of the server: proof that this replica gets work
 
@@ -38,20 +41,37 @@ class Intake:
                 await self._a_free_slot()
                 claim = self._claim(reads, 0)
                 continue
-            claimed, claim = await claim, None
-            self.last_answer = time.monotonic()
+            claimed, claim = self._read(await claim), None
             if not claimed and not self.is_draining:
                 claimed = await self._within_slots(await self._block(reads), writes)
-                self.last_answer = time.monotonic()
+            self.last_answer = time.monotonic()
             if not self.is_draining:
                 claim = self._claim(reads, sum(len(entries) for _, entries in claimed))
             self._start(claimed)
         if claim is not None:
-            self._start(await claim)  # taken before we were told to stop
+            self._start(self._read(await claim))  # taken before we were told to stop
 
-    def _claim(self, reads: Link, about_to_start: int) -> Any:
+    def _claim(self, reads: Link, about_to_start: int) -> asyncio.Future[Any] | None:
+        """Ask for as many as there are free slots; None when there are none."""
         count = min(self._at_once, self.free - about_to_start)
-        return reads.run(scripts.claim(self._keys, self._replica, count)) if count > 0 else None
+        if count <= 0:
+            return None
+        if self._direct_reads > 0:
+            self._direct_reads -= 1
+            command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", count, "STREAMS", self._direct_lane, ">")
+            return reads.ask(*command)
+        return reads.run(scripts.claim(self._keys, self._replica, count, DIRECT_READS))
+
+    def _read(self, reply: Any) -> list[Any]:
+        """What a claim brought; a script's answer also says whether to go on with direct reads of its lane."""
+        claimed: list[Any]
+        if not isinstance(reply, tuple):
+            claimed = reply or []
+            return claimed
+        self._direct_reads, claimed = reply
+        if self._direct_reads:
+            self._direct_lane = claimed[-1][0]
+        return claimed
 
     async def _a_free_slot(self) -> None:
         self._executor.slot_freed.clear()
