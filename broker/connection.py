@@ -19,6 +19,7 @@ Control = redis.asyncio.Redis
 
 # What counts as "the server is down", as opposed to "the server said no".
 DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError)
+ANY_TROUBLE = (redis.exceptions.RedisError, BrokerUnavailableError)  # down, or no: NOPERM, an unknown command, ...
 
 
 def open_control(settings: Settings, name: str) -> Control:

@@ -3,6 +3,7 @@
 The only module that imports cloudpickle. Nothing here verifies signatures: `codec` does that before it calls `load`.
 """
 
+import contextlib
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -102,9 +103,9 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         for number, item in enumerate(value):
             yield f"[{number}]", item
     else:
-        for name, item in getattr(value, "__dict__", {}).items():
-            if not isinstance(value, type):
-                yield f".{name}", item
+        for name in () if isinstance(value, type) else _attributes(value):
+            with contextlib.suppress(AttributeError):  # a slot without a value
+                yield f".{name}", getattr(value, name)
         for cell_name, cell in zip(
             getattr(getattr(value, "__code__", None), "co_freevars", ()),
             getattr(value, "__closure__", None) or (),
@@ -114,3 +115,10 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".<closure {cell_name}>", cell.cell_contents
             except ValueError:  # a variable without a value yet
                 continue
+
+
+def _attributes(value: Any) -> list[str]:
+    """Names of what an instance holds, in its `__dict__` and in the `__slots__` of its classes."""
+    slots = [cls.__dict__.get("__slots__", ()) for cls in type(value).__mro__]
+    names = [name for group in slots for name in ((group,) if isinstance(group, str) else group)]
+    return [*getattr(value, "__dict__", {}), *names]

@@ -118,11 +118,11 @@ class Registry:
     def keys_of(self, tag: str) -> DeploymentKeys:
         return self.keys.deployment(tag)
 
-    async def check_secret(self) -> None:
+    async def check_secret(self, *, only_look: bool = False) -> None:
         """Leave or verify the signed mark that shows two processes whether they use the same secret. SignatureError."""
         codec = codec_for(self.settings.secret_key, self.settings.namespace, "secret.check")
         mark = codec.seal("check", b"secret-check", b"")
-        if not await self.client.set(self.keys.secret_check, mark, nx=True):
+        if only_look or not await self.client.set(self.keys.secret_check, mark, nx=True):
             stored = await self.client.get(self.keys.secret_check)
             if stored is not None and stored != mark:
                 raise SignatureError(
@@ -176,8 +176,10 @@ class Registry:
         await self.announce(f"removed {', '.join(keys.tag for keys in all_keys)}")
         for keys in all_keys:
             with anyio.move_on_after(REMOVE_WITHIN_S):
-                while await self._has_living_replicas(keys):
+                while await self._has_living_replicas(keys) and not await self.client.exists(keys.config):
                     await anyio.sleep(0.02)
+            if await self.client.exists(keys.config):
+                continue  # deployed again meanwhile
             held = [*await self.client.zrange(keys.parked, 0, -1), *await self.client.zrange(keys.due, 0, -1)]
             await self.client.delete(*keys.owned, *[keys.held(ref.decode()) for ref in held])
 
@@ -316,9 +318,12 @@ class Registry:
         return int(seconds) * 1000 + int(micros) // 1000
 
 
-async def connect_registry(client: Control, settings: Settings) -> Registry:
-    """A registry whose server answers and whose secret is the right one. BrokerUnavailableError, SignatureError."""
+async def connect_registry(client: Control, settings: Settings, *, only_look: bool = False) -> Registry:
+    """A registry whose server answers and whose secret is the right one. BrokerUnavailableError, SignatureError.
+
+    With `only_look`, a namespace that nobody has used yet is not marked with this secret.
+    """
     await ping(client, settings)
     registry = Registry(client, settings)
-    await registry.check_secret()
+    await registry.check_secret(only_look=only_look)
     return registry

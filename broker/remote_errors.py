@@ -4,9 +4,11 @@ It arrives as an instance of both `TaskError` and its own class, with the remote
 cannot travel, be imported or be combined, as a plain `TaskError` that names it. Errors of millstream arrive as they are.
 """
 
+import contextlib
 import pickle
 import traceback
 from functools import lru_cache
+from types import MemberDescriptorType
 from typing import Any
 
 from millstream.broker import pickling
@@ -19,8 +21,9 @@ def capture(error: BaseException, *, where: str = "") -> bytes:
         record = error.__dict__.get("_record")  # from a request further down: passed on as it came
         if record is not None:
             return pickle.dumps(record, pickling.PROTOCOL)
-    if isinstance(error, MillstreamError):
-        return pickle.dumps({"ours": error}, pickling.PROTOCOL)
+    if type(error).__module__ == MillstreamError.__module__:
+        with contextlib.suppress(Exception):  # a field of it cannot travel
+            return pickle.dumps({"ours": error}, pickling.PROTOCOL)
     cause: bytes | None
     try:
         cause = pickling.dump(error, what="exception")
@@ -56,6 +59,7 @@ def rebuild(record: dict[str, Any], ref_id: str) -> BaseException:
     error.args = (cause if cause is not None else record["text"],)
     if cause is not None:
         error.__dict__.update(cause.__dict__)
+        _copy_members(cause, error)
     error.__dict__.update(
         cause=cause,
         cause_type=short,
@@ -65,6 +69,15 @@ def rebuild(record: dict[str, Any], ref_id: str) -> BaseException:
         _message=f"{short}: {record['text']}\n\nraised in request {ref_id}{where}; remote traceback:\n{record['traceback']}",
     )
     return error
+
+
+def _copy_members(cause: BaseException, error: BaseException) -> None:
+    """What built-in errors keep outside `__dict__`: `errno` and `filename`, `encoding`, `name`."""
+    for cls in type(cause).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, MemberDescriptorType) and isinstance(error, cls) and not name.startswith("_"):
+                with contextlib.suppress(AttributeError, TypeError):
+                    setattr(error, name, getattr(cause, name))
 
 
 def _text_of(error: BaseException) -> str:
@@ -124,7 +137,7 @@ def _both(cls: type[BaseException]) -> type[_RemoteError]:
     try:
         name = f"TaskError({cls.__qualname__})"
         return type(name, (_RemoteError, cls), {"__module__": "millstream.errors", "__qualname__": name})
-    except TypeError:
+    except Exception:  # layouts that do not fit, or an `__init_subclass__` that refuses
         return _RemoteError
 
 

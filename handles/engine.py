@@ -206,7 +206,7 @@ class Engine:
             self._flush(route)
 
     def _refused(self, route: Route, refs: Iterable[bytes], reason: Exception) -> None:
-        error = no_such_deployment(route.tag) if str(reason).startswith("NODEPLOYMENT") else reason
+        error = no_such_deployment(route.tag) if "NODEPLOYMENT" in str(reason) else reason
         for ref in refs:
             pending = self._pending.pop(ref, None)
             if pending is not None:

@@ -42,8 +42,18 @@ class Tree:
     def has_server(self) -> bool:
         return self._server is not None
 
+    @property
+    def server_has_ended(self) -> bool:
+        """Was there a server of ours that ended by itself? It is not started again: its clients know its old port."""
+        return self._server is not None and self._server.guard.poll() is not None
+
+    def has(self, name: str) -> bool:
+        return name in self._children
+
     def start(self, name: str, arguments: list[str], settings: Settings) -> None:
-        """Start `millstream ARGUMENTS` as a child and keep it running."""
+        """Start `millstream ARGUMENTS` as a child and keep it running. Twice is as once."""
+        if self.has(name):
+            return
         command = [sys.executable, "-m", "millstream", *arguments, "--owned"]
         self._commands[name] = (command, {**os.environ, **settings.to_environment()})
         self._spawn(name)
@@ -53,6 +63,8 @@ class Tree:
 
     def _spawn(self, name: str) -> None:
         command, environment = self._commands[name]
+        if (before := self._children.get(name)) is not None and before.stdin is not None:
+            before.stdin.close()
         # A session of its own: Ctrl-C in the terminal reaches only the owner, which ends the others in order.
         self._children[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 

@@ -59,9 +59,9 @@ class Replica:
         )
         self._chores: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
+        self._reads: Link | None = None  # may be blocked in the server
         self._writes: Link | None = None
         self._intake: Intake | None = None
-        self._blocked_reads = 0  # client id of the connection that may be blocked in the server
 
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -106,6 +106,8 @@ class Replica:
             for task in (serving, housekeeping, stopping, *self._chores):
                 task.cancel()
             executor.close()
+            # What still runs is cancelled by the end of the loop. That must not reach the server as the request's failure.
+            self._hang_up()
 
     # serving
 
@@ -113,10 +115,9 @@ class Replica:
         """Connect, claim until the connection is lost, and again: until draining."""
         delays = backoff()
         while not intake.is_draining:
-            reads = writes = None
             try:
-                reads = await dial(self._settings, f"ms:reads:{self._birth.replica}")
-                writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
+                reads = self._reads = await dial(self._settings, f"ms:reads:{self._birth.replica}")
+                writes = self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
                 await self._come_up(reads, writes, intake, finisher)
                 delays = backoff()
                 await intake.run(reads, writes)
@@ -125,12 +126,15 @@ class Replica:
                 log.warning("%s; trying again", e)
                 await asyncio.sleep(next(delays))
             finally:
-                for link in (reads, writes):
-                    if link is not None and not intake.is_draining:
-                        link.close()
+                if not intake.is_draining:
+                    self._hang_up()
+
+    def _hang_up(self) -> None:
+        for link in (self._reads, self._writes):
+            if link is not None:
+                link.close()
 
     async def _come_up(self, reads: Link, writes: Link, intake: Intake, finisher: Finisher) -> None:
-        self._writes, self._blocked_reads = writes, reads.client_id
         if not await writes.ask("EXISTS", self._keys.config):
             log.info("deployment %s is gone: replica %s ends", self._birth.tag, self._birth.replica)
             intake.is_draining = True  # `run` then takes in nothing, and the drain says goodbye
@@ -158,6 +162,8 @@ class Replica:
             await asyncio.sleep(HOUSEKEEPING_S * random.uniform(0.8, 1.2))
             try:
                 await sweeper.step(self._birth.tag)
+                if not await self._ask("EXISTS", self._keys.config):
+                    self._stop.set()  # the deployment was removed; usually the launcher says so first
                 if self._control.is_orphaned:
                     await self._renew_lease()
             except BrokerUnavailableError:
@@ -188,7 +194,8 @@ class Replica:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                 intake.is_draining = True
                 await self._register("DRAINING")
-                await self._ask("CLIENT", "UNBLOCK", self._blocked_reads)
+                if self._reads is not None:
+                    await self._ask("CLIENT", "UNBLOCK", self._reads.client_id)
                 executor.slot_freed.set()
                 await asyncio.wait([serving])
                 await self._hand_back(executor)

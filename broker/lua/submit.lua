@@ -5,7 +5,7 @@
 -- reply {position, "open" | "done", ...}: the requests that were not new. No config: error NODEPLOYMENT
 -- Commands on many refs at once: a call from Lua costs several times what the command does.
 local open, results, client = KEYS[2], KEYS[3], ARGV[1]
-if redis.call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NODEPLOYMENT') end
+if redis.call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NODEPLOYMENT this deployment does not exist') end
 local refs, result_keys = {}, {}
 for i = 2, #ARGV, 5 do
   refs[#refs + 1] = ARGV[i]

@@ -1,0 +1,105 @@
+"""Fixtures: servers, clients and settings, and the check after each test that nothing was left behind.
+
+`redis` and `settings` run a test once per server. Choose with `--servers valkey,redis7,redis8,fake`, or with
+MILLSTREAM_TEST_SERVERS. A test marked `fake` runs on fakeredis as well: for broker logic only, the real ones judge.
+"""
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from millstream.broker.connection import Control
+from millstream.broker.keys import DeploymentKeys
+from millstream.config import Settings
+from tests.leaks import find_leaks, find_lost, take_snapshot
+from tests.servers import FAKE, NAMES, AnyServer, Server, Servers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--servers",
+        default=os.environ.get("MILLSTREAM_TEST_SERVERS", ",".join(NAMES)),
+        help=f"comma-separated, out of {', '.join(NAMES)} (default: all; those not installed are skipped, or fail in CI)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fake: runs on fakeredis, too")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--servers").split(",")
+        if unknown := set(chosen) - set(NAMES):
+            raise pytest.UsageError(f"--servers: {', '.join(unknown)} unknown; choose from {', '.join(NAMES)}")
+        if metafunc.definition.get_closest_marker("fake") is None:
+            chosen = [name for name in chosen if name != FAKE]
+        metafunc.parametrize("server", chosen, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """All servers of this session; each starts when it is first asked for."""
+    servers = Servers()
+    yield servers
+    servers.stop()
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, servers: Servers) -> AnyServer:
+    """One server after the other, shared by all tests. `redis` and `settings` are flushed; this is not."""
+    return servers.get(request.param)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Flushes the server before a test that uses one; afterwards looks for leaked keys and lost requests."""
+    if "server" not in request.fixturenames:
+        yield
+        return
+    server: AnyServer = request.getfixturevalue("server")
+    with server.connect_blocking() as client:
+        client.flushall()
+        yield
+        snapshot = take_snapshot(client)
+    assert find_leaks(snapshot) == [], "keys without TTL that nothing owns"
+    assert find_lost(snapshot) == [], "requests that are not in exactly one place"
+
+
+@pytest.fixture
+def settings(server: AnyServer) -> Settings:
+    """The flushed server, with a secret."""
+    return Settings(server.url, secret_key=b"a secret for tests")
+
+
+@pytest.fixture
+async def redis(server: AnyServer) -> AsyncIterator[Control]:
+    """A client of the flushed server."""
+    async with server.connect() as client:
+        yield client
+
+
+@pytest.fixture
+def keys() -> DeploymentKeys:
+    """The keys of the deployment that broker tests play with. Nothing is written; `deploy_config` does that."""
+    return DeploymentKeys("ms", "app.Model")
+
+
+@pytest.fixture
+def start_server(server: AnyServer) -> Iterator[Callable[..., Server]]:
+    """Start a private server of the current kind, with options: for tests that restart it, fill it or lock it."""
+    started: list[Server] = []
+
+    def start(*options: str) -> Server:
+        started.append(Server(server.name, *options))
+        return started[-1].start()
+
+    yield start
+    for private in started:
+        private.stop()

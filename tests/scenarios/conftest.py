@@ -1,0 +1,63 @@
+"""Whole process trees: each test has its own, and nothing of it may be left afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import millstream
+from millstream import runtime, serve
+from tests.scenarios.processes import descendants, wait_for_end
+
+
+@pytest.fixture(autouse=True)
+def own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A directory without a server in it; at the end everything that was started is gone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MILLSTREAM_URL", "MILLSTREAM_SECRET_KEY", "MILLSTREAM_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    before = descendants(os.getpid())
+    yield
+    started = descendants(os.getpid()) - before
+    if runtime.is_initialized():
+        serve.shutdown()
+    millstream.shutdown()
+    left = wait_for_end(started, timeout_s=15.0)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    path = tmp_path / "ledger"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[[str], "subprocess.Popen[str]"]]:
+    """Start a Python script as a process of its own."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(source: str) -> "subprocess.Popen[str]":
+        path = tmp_path / "script.py"
+        path.write_text(source)
+        process = subprocess.Popen(
+            [sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
