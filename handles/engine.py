@@ -176,8 +176,8 @@ class Engine:
     def _flush(self, route: Route) -> None:
         """Put everything buffered for this deployment into the air, at most FLUSH_REQUESTS at a time."""
         commands = self._commands
-        if commands is None:
-            return
+        if commands is None or not commands.is_up:
+            return  # the reconnect flushes
         while route.buffer:
             batch = _Batch(route.buffer[: FIELDS * FLUSH_REQUESTS])
             del route.buffer[: FIELDS * FLUSH_REQUESTS]

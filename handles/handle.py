@@ -1,6 +1,7 @@
 """`DeploymentHandle` (asynchronous) and `SyncHandle`: how requests are made. Both pickle as names and options."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NoReturn, Self
@@ -29,7 +30,7 @@ class HandleOptions:
             raise ConfigError(f"method_name={self.method_name!r} must be a method's name")
         if self.block_until not in ("matched", "queued"):
             raise ConfigError(f"block_until={self.block_until!r} is unknown; use 'matched' or 'queued'")
-        if not isinstance(self.delay_s, int | float) or self.delay_s < 0:
+        if not isinstance(self.delay_s, int | float) or not 0 <= self.delay_s < math.inf:
             raise ConfigError(f"delay_s={self.delay_s!r} must be a number of seconds, 0 or more")
 
 
@@ -180,7 +181,13 @@ class DeploymentHandle(_Handle):
 
     def _route_here(self) -> tuple[Engine, Route]:
         engine = self._engine
-        if engine is None or engine.is_closed or engine.loop is not asyncio.get_running_loop():
+        loop = engines.running_loop()
+        if loop is None:
+            raise RuntimeError(
+                f"no event loop runs in this thread, and {self!r} needs one; "
+                f"call it in a coroutine, or use SyncHandle({self._deployment!r}, {self._app!r})"
+            )
+        if engine is None or engine.is_closed or engine.loop is not loop:
             engine = self._engine = engines.current()
             self._route = engine.route(self._tag)
         assert self._route is not None

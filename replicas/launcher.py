@@ -50,6 +50,7 @@ class Launcher:
         self._supplier = Supplier(settings, self._run)
         self._sweeper = Sweeper(settings, self._run, self._ask, lease_s=lease_s)
         self._parents: dict[tuple[str, str], WarmParent] = {}
+        self._spare: WarmParent | None = None  # started with us: the first application need not wait for a Python
         self._replicas: dict[str, ReplicaProcess] = {}
         self._starting: dict[tuple[str, str], int] = {}  # (tag, version) -> forks under way
         self._failures: dict[tuple[str, str], int] = {}
@@ -66,13 +67,14 @@ class Launcher:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
+                self._spare = WarmParent(self._settings)
                 for loop in (self._renew_loop, self._sweep_loop, self._listen_loop):
                     tasks.start_soon(self._guarded, loop)
                 await self._guarded(self._reconcile_loop)
                 await self._drain_all()
                 tasks.cancel_scope.cancel()
         finally:
-            for parent in self._parents.values():
+            for parent in (*self._parents.values(), *([self._spare] if self._spare else [])):
                 parent.close()
             await self._client.aclose()
 
@@ -227,11 +229,11 @@ class Launcher:
         if not spawn:
             parent = self._parents.get(key)
             if parent is None or not parent.is_alive:
-                parent = self._parents[key] = WarmParent(app, version)
-                parent.starting = asyncio.ensure_future(parent.start(self._settings, tags, spawn=False))
+                parent = self._parents[key] = self._blank_parent()
+                parent.warming = asyncio.ensure_future(parent.warm(app, tags, spawn=False))
             try:
-                assert parent.starting is not None
-                await asyncio.shield(parent.starting)
+                assert parent.warming is not None
+                await asyncio.shield(parent.warming)
                 return parent
             except CannotFork as e:
                 if key not in self._told:
@@ -240,9 +242,14 @@ class Launcher:
             except WarmFailed:
                 self._parents.pop(key, None)
                 raise
-        parent = WarmParent(app, version)
-        await parent.start(self._settings, tags, spawn=True)
+        parent = self._blank_parent()
+        await parent.warm(app, tags, spawn=True)
         return parent
+
+    def _blank_parent(self) -> WarmParent:
+        """The spare one, whose Python is up already, or a new one."""
+        spare, self._spare = self._spare, None
+        return spare if spare is not None and spare.is_alive else WarmParent(self._settings)
 
     async def _give_up(self, tag: str, version: str, message: str, traceback: str) -> None:
         log.error("%s cannot start: %s\n%s", tag, message, traceback)

@@ -29,40 +29,33 @@ class CannotFork(MillstreamError):
 
 
 class WarmParent:
-    """One warm parent process. `start()` returns when the application is imported."""
+    """One warm parent process. It is spawned at once, blank; `warm()` makes it import an application."""
 
-    def __init__(self, app: str, version: str) -> None:
-        self.app, self.version = app, version
-        self._control: Control | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._forked: dict[str, asyncio.Future[int]] = {}
-        self._ended: dict[int, asyncio.Future[str]] = {}
-        self._reading: asyncio.Task[None] | None = None
-        self._is_warm: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.is_closed = False
-        self.starting: asyncio.Future[None] | None = None
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None and not self.is_closed
-
-    async def start(self, settings: Settings, tags: list[str], *, spawn: bool) -> None:
-        """Raises WarmFailed, or CannotFork (then the process is gone)."""
+    def __init__(self, settings: Settings) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "millstream.replicas.warm", str(theirs.fileno())]
         environment = {**os.environ, **settings.to_environment(), "PYTHONUNBUFFERED": "1"}
-        self._process = subprocess.Popen(  # noqa: ASYNC220 - a few ms; asyncio's own would not let us pass it on
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         self._control = Control(ours)
-        self._reading = asyncio.create_task(self._read(self._control))
-        await self._control.send({"app": self.app, "tags": tags, "spawn": spawn})
+        self._forked: dict[str, asyncio.Future[int]] = {}
+        self._ended: dict[int, asyncio.Future[str]] = {}
+        self._is_warm: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reading = asyncio.create_task(self._read())
+        self.is_closed = False
+        self.warming: asyncio.Future[None] | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None and not self.is_closed
+
+    async def warm(self, app: str, tags: list[str], *, spawn: bool) -> None:
+        """Import an application. Raises WarmFailed, or CannotFork (then the process is gone)."""
+        await self._control.send({"app": app, "tags": tags, "spawn": spawn})
         await self._is_warm
 
     async def fork(self, order: Message, files: list[int]) -> int:
         """Have it fork (or become) a replica; the pid. Raises WarmFailed if the process has gone."""
-        assert self._control is not None
         forked = self._forked[order["replica"]] = asyncio.get_running_loop().create_future()
         try:
             self._control.send_with_files(order, files)
@@ -87,16 +80,13 @@ class WarmParent:
     def close(self) -> None:
         """Let it go; replicas that it forked live on."""
         self.is_closed = True
-        if self._reading is not None:
-            self._reading.cancel()
-        if self._control is not None:
-            self._control.close()
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=0.5)
+        self._reading.cancel()
+        self._control.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=0.5)
 
-    async def _read(self, control: Control) -> None:
-        async for message in control.messages():
+    async def _read(self) -> None:
+        async for message in self._control.messages():
             self._heard(message)
         self._fail(
             WarmFailed("importing the application ended its process", traceback="(no traceback: see the output above)")
@@ -121,6 +111,7 @@ class WarmParent:
         for future in futures:
             if not future.done():
                 future.set_exception(error)
+                future.exception()  # retrieved: of a spare parent nobody will ask
 
 
 class ReplicaProcess:

@@ -26,7 +26,7 @@ class Worker:
     async def hold(self, name: str, until: str) -> tuple[str, int]:
         """Run until a file exists."""
         self._note(name)
-        while not os.path.exists(until):  # noqa: ASYNC110 - what it waits for is another process
+        while not os.path.exists(until):  # noqa: ASYNC110, ASYNC240 - what it waits for is another process
             await asyncio.sleep(0.005)
         return name, os.getpid()
 

@@ -1,5 +1,8 @@
 """serve.run and what it owns: real processes, a real server, through the public API only."""
 
+# mypy: disable-error-code="attr-defined"
+# (mypy does not apply what a class decorator returns: https://github.com/python/mypy/issues/3135)
+
 import asyncio
 import os
 import threading
