@@ -1,0 +1,149 @@
+"""A server without memory takes no new requests; whatever makes room, and whatever proves life, goes on."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from millstream.broker import scripts
+from millstream.broker.connection import Control, run
+from millstream.broker.keys import DeploymentKeys, Keys
+from millstream.broker.link import dial
+from millstream.broker.scripts import Supplied
+from millstream.broker.states import State
+from millstream.config import Settings
+from millstream.errors import BackPressureError
+from tests.helpers import (
+    BODY,
+    CALLER,
+    REPLICA,
+    claim,
+    deploy_config,
+    finish,
+    new_ref,
+    read_state,
+    request,
+    seed_delayed,
+    seed_parked,
+    seed_queued,
+    seed_running,
+)
+
+pytestmark = pytest.mark.anyio
+
+A = "up.Up~" + "a" * 22
+Fill = Callable[[], Awaitable[None]]
+
+
+@pytest.fixture
+async def fill(redis: Control) -> AsyncIterator[Fill]:
+    """From when it is awaited, the server has no memory left."""
+
+    async def fill() -> None:
+        await redis.config_set("maxmemory", 1)
+
+    yield fill
+    await redis.config_set("maxmemory", 0)
+
+
+async def test_submit_is_refused_and_says_so(
+    redis: Control, settings: Settings, keys: DeploymentKeys, fill: Fill
+) -> None:
+    await deploy_config(redis, keys)
+    ref = new_ref()
+    call = scripts.submit(keys, CALLER, request(ref))
+    link = await dial(settings, "test")
+    await fill()
+
+    with pytest.raises(BackPressureError, match="raise its maxmemory"):
+        await link.run(call)
+    with pytest.raises(BackPressureError, match="raise its maxmemory"):
+        await run(redis, call)
+
+    link.close()
+    assert await read_state(redis, keys, ref) is None
+
+
+async def test_hold_is_refused_and_says_so(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    ref = new_ref()
+    await fill()
+
+    with pytest.raises(BackPressureError, match="raise its maxmemory"):
+        await run(redis, scripts.hold(keys, CALLER, ref.encode(), "normal", b"m", BODY, depends_on=[A]))
+
+    assert await read_state(redis, keys, ref) is None
+
+
+async def test_queued_requests_are_claimed_and_finished(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    (ref,) = await seed_queued(redis, keys)
+    await fill()
+
+    (one,) = await claim(redis, keys)
+    await finish(redis, keys, one)
+
+    assert await read_state(redis, keys, ref) == State.SUCCEEDED
+
+
+async def test_requests_of_the_dead_are_released_and_buried(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys, max_attempts=2)
+    (one,) = await seed_running(redis, keys)
+    await fill()
+
+    first = await run(redis, scripts.release(keys, "normal", REPLICA, "killed", expired=True))
+    await claim(redis, keys)
+    second = await run(redis, scripts.release(keys, "returned", REPLICA, "killed", expired=True))
+
+    assert (first.requeued, second.buried) == (1, 1)
+    assert await read_state(redis, keys, one.ref) == State.DEAD
+
+
+async def test_requests_are_handed_back(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+    await fill()
+
+    assert await run(redis, scripts.hand_back(keys, "normal", "normal", [one.entry])) == 1
+
+
+async def test_parked_requests_are_supplied_and_rejected(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    supplied, rejected = await seed_parked(redis, keys, A), await seed_parked(redis, keys, A)
+    await fill()
+
+    answer = await run(redis, scripts.supply(keys, supplied, A, b"value"))
+    await run(redis, scripts.reject(keys, rejected, 60, b"error"))
+
+    assert answer == Supplied.QUEUED
+    assert await read_state(redis, keys, rejected) == State.FAILED
+
+
+async def test_due_requests_are_queued(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    ref = await seed_delayed(redis, keys)
+    await redis.zadd(keys.due, {ref: 1})
+    await fill()
+
+    assert (await run(redis, scripts.sweep(keys))).promoted == 1
+
+
+async def test_refs_can_be_watched(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    (ref,) = await seed_queued(redis, keys)
+    await fill()
+
+    assert await run(redis, scripts.watch(keys, "readers", "anna", [ref])) == [b"open"]
+    assert await redis.exists(keys.notes)
+
+
+async def test_autoscaler_reads_and_decides_and_leases_are_renewed(
+    redis: Control, keys: DeploymentKeys, fill: Fill
+) -> None:
+    await deploy_config(redis, keys)
+    await seed_queued(redis, keys)
+    await fill()
+
+    assert (await run(redis, scripts.backlog(keys))).waiting == 1
+    assert await run(redis, scripts.lead(Keys("ms"), "a-1", 10)) == 1
+    assert await run(redis, scripts.decide(keys, 1, 3, "why", {})) == "decided"
+    assert await run(redis, scripts.renew([keys.lease(REPLICA)], 10, "launcher")) == 1

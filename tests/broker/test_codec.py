@@ -1,0 +1,165 @@
+"""Envelopes: what was signed opens, and nothing else does."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+
+from millstream.broker import pickling
+from millstream.broker.codec import HEADER_BYTES, Codec, Kind, codec_for
+from millstream.config import PUBLIC_KEY
+from millstream.errors import SignatureError
+
+SECRET = b"a secret"
+REF = b"r" * 22
+METHOD = b"embed"
+KINDS: tuple[Kind, ...] = ("request", "value", "error", "definition", "check")
+
+
+@pytest.fixture
+def codec() -> Codec:
+    return Codec(SECRET, "ms", "app.Model")
+
+
+def sealed(codec: Codec, value: object = "value") -> bytes:
+    return codec.seal("request", REF, pickling.dump(value, what="value"), METHOD)
+
+
+@dataclass
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    path: str
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("value", [None, 7, "text", b"\x00\xff", {"a": [1, 2, (3,)]}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickled_value_comes_back(codec: Codec, kind: Kind, value: object) -> None:
+    body = pickling.dump(value, what="value")
+
+    assert codec.open(kind, REF, codec.seal(kind, REF, body)) == value
+
+
+@pytest.mark.parametrize("value", [None, 7, "täxt", [1, {"a": 2.5}]])
+def test_json_value_comes_back(codec: Codec, value: object) -> None:
+    envelope = codec.seal_json("request", REF, value, METHOD)
+
+    assert envelope[:2] == b"\x01j"
+    assert codec.open("request", REF, envelope, METHOD) == value
+
+
+def test_processes_with_the_same_secret_understand_each_other(codec: Codec) -> None:
+    other = Codec(SECRET, "ms", "app.Model")
+
+    assert sealed(codec) == sealed(other)
+    assert other.open("request", REF, sealed(codec), METHOD) == "value"
+
+
+@pytest.mark.parametrize("form", ["pickle", "json"])
+def test_no_byte_can_be_changed(codec: Codec, form: str) -> None:
+    envelope = sealed(codec) if form == "pickle" else codec.seal_json("request", REF, "value", METHOD)
+
+    for position in range(len(envelope)):
+        for flip in (0x01, 0x80):
+            damaged = bytearray(envelope)
+            damaged[position] ^= flip
+            with pytest.raises(SignatureError):
+                codec.open("request", REF, bytes(damaged), METHOD)
+
+
+def test_nothing_can_be_cut_off_or_added(codec: Codec) -> None:
+    envelope = sealed(codec)
+
+    for damaged in (*(envelope[:end] for end in range(len(envelope))), envelope + b"\x00", b"\x01" + envelope):
+        with pytest.raises(SignatureError):
+            codec.open("request", REF, damaged, METHOD)
+
+
+def test_form_cannot_be_exchanged(codec: Codec) -> None:
+    envelope = sealed(codec)
+
+    with pytest.raises(SignatureError):
+        codec.open("request", REF, b"\x01j" + envelope[2:], METHOD)
+
+
+@pytest.mark.parametrize("other", [b"R" * 22, b"r" * 21, b"r" * 23, b""])
+def test_body_cannot_be_moved_to_another_ref(codec: Codec, other: bytes) -> None:
+    with pytest.raises(SignatureError):
+        codec.open("request", other, sealed(codec), METHOD)
+
+
+@pytest.mark.parametrize("other", [b"", b"embe", b"embed2", b"delete"])
+def test_body_cannot_be_moved_to_another_method(codec: Codec, other: bytes) -> None:
+    with pytest.raises(SignatureError):
+        codec.open("request", REF, sealed(codec), other)
+
+
+@pytest.mark.parametrize("other", [kind for kind in KINDS if kind != "request"])
+def test_body_cannot_be_moved_to_another_kind(codec: Codec, other: Kind) -> None:
+    with pytest.raises(SignatureError):
+        codec.open(other, REF, sealed(codec), METHOD)
+
+
+@pytest.mark.parametrize(
+    ("secret", "namespace", "tag"),
+    [
+        (b"another", "ms", "app.Model"),
+        (PUBLIC_KEY, "ms", "app.Model"),
+        (SECRET, "ms2", "app.Model"),
+        (SECRET, "ms", "app.Model2"),
+        (SECRET, "m", "sapp.Model"),
+    ],
+)
+def test_body_cannot_be_moved_to_another_installation_or_deployment(
+    codec: Codec, secret: bytes, namespace: str, tag: str
+) -> None:
+    with pytest.raises(SignatureError):
+        Codec(secret, namespace, tag).open("request", REF, sealed(codec), METHOD)
+
+
+def test_method_and_ref_cannot_be_shifted_into_each_other(codec: Codec) -> None:
+    envelope = codec.seal("request", b"cdef", b"body", b"ab")
+
+    with pytest.raises(SignatureError):
+        codec.open("request", b"def", envelope, b"abc")
+
+
+def test_nothing_is_unpickled_before_it_was_verified(codec: Codec, tmp_path: os.PathLike[str]) -> None:
+    folder = os.path.join(tmp_path, "made by unpickling")
+    forged = Codec(b"the secret of somebody else", "ms", "app.Model").seal(
+        "value", REF, pickling.dump(Trap(folder), what="value")
+    )
+
+    with pytest.raises(SignatureError):
+        codec.open("value", REF, forged)
+
+    assert not os.path.exists(folder)
+
+
+def test_refusal_names_the_ref_and_the_way_out(codec: Codec) -> None:
+    with pytest.raises(SignatureError, match=r"app\.Model~rrrr.*MILLSTREAM_SECRET_KEY") as caught:
+        codec.open("value", REF, b"\x01p" + b"x" * 30)
+
+    assert caught.value.__dict__["ref_id"] == "app.Model~" + REF.decode()
+
+
+def test_verify_hands_out_form_and_body_without_decoding(codec: Codec) -> None:
+    envelope = codec.seal("value", REF, b"not a pickle")
+
+    assert codec.verify("value", REF, envelope) == (b"p", b"not a pickle")
+    assert len(envelope) == HEADER_BYTES + len(b"not a pickle")
+
+
+def test_signature_is_the_one_in_the_documentation(codec: Codec) -> None:
+    """A test vector for callers in other languages: keyed BLAKE2b over namespace 0 tag 0 method 0 ref form body."""
+    envelope = codec.seal_json("request", b"0123456789abcdefghijkl", [[1, "two"], {}], b"embed")
+
+    assert envelope.hex() == "016a703fb6787ea926550debfe255a9814dd5b5b312c202274776f225d2c207b7d5d"
+
+
+def test_codec_of_a_deployment_is_made_once() -> None:
+    assert codec_for(SECRET, "ms", "app.Model") is codec_for(SECRET, "ms", "app.Model")
+    assert codec_for(SECRET, "ms", "app.Model") is not codec_for(SECRET, "ms", "app.Other")

@@ -1,0 +1,331 @@
+"""The control plane's records: what is deployed, what may be deleted when, who lives, and one view of it all."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import anyio
+import pytest
+
+from millstream.broker import scripts
+from millstream.broker.connection import Control, open_control, run
+from millstream.broker.keys import DeploymentKeys, Keys
+from millstream.broker.registry import (
+    DeploymentView,
+    NewDeployment,
+    NodeRecord,
+    Registry,
+    ReplicaRecord,
+    connect_registry,
+)
+from millstream.config import DeploymentConfig, Settings
+from millstream.errors import BrokerUnavailableError, SignatureError
+from tests.helpers import finish, read_state, seed_delayed, seed_parked, seed_queued, seed_running, wait_until
+from tests.servers import free_port
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake]
+
+ALL = Keys("ms")
+
+
+@pytest.fixture
+def registry(redis: Control, settings: Settings) -> Registry:
+    return Registry(redis, settings)
+
+
+def new(name: str = "Model", **options: Any) -> NewDeployment:
+    return NewDeployment(name, DeploymentConfig().updated(options), b"definition of " + name.encode())
+
+
+async def add_replica(
+    registry: Registry, keys: DeploymentKeys, name: str, *, version: str = "", state: str = "RUNNING"
+) -> None:
+    record = ReplicaRecord(name, "n-1", 1, version, state, 0)
+    await registry.client.hset(keys.replicas, name, json.dumps(asdict(record)))
+    await run(registry.client, scripts.renew([keys.lease(name)], 60, "launcher"))
+
+
+async def view(registry: Registry) -> DeploymentView:
+    found = await registry.view("app", "Model")
+    assert found is not None
+    return found
+
+
+# the secret
+
+
+async def test_processes_of_one_secret_agree(registry: Registry) -> None:
+    await registry.check_secret()
+    await registry.check_secret()
+
+
+async def test_second_secret_on_a_namespace_is_refused(redis: Control, settings: Settings, registry: Registry) -> None:
+    await registry.check_secret()
+    other = Registry(redis, Settings(settings.url, secret_key=b"another secret"))
+
+    with pytest.raises(SignatureError, match="used with another secret"):
+        await other.check_secret()
+
+
+async def test_namespaces_have_their_own_secrets(redis: Control, settings: Settings, registry: Registry) -> None:
+    await registry.check_secret()
+
+    await Registry(redis, Settings(settings.url, "other", b"another secret")).check_secret()
+
+
+async def test_dead_server_is_reported_as_such() -> None:
+    settings = Settings(f"redis://127.0.0.1:{free_port()}")
+    async with open_control(settings, "test") as client:
+        with pytest.raises(BrokerUnavailableError):
+            await connect_registry(client, settings)
+
+
+# deploy and delete
+
+
+async def test_deployed_application_takes_requests(redis: Control, keys: DeploymentKeys, registry: Registry) -> None:
+    record = await registry.deploy("app", "Model", [new(max_attempts=1, result_ttl_s=2.5)])
+
+    (one,) = await seed_running(redis, keys)
+    await run(redis, scripts.release(keys, "normal", "r-1", "killed", expired=False))
+
+    assert (await registry.apps()) == {"app": record}
+    assert record.tags == ["app.Model"]
+    assert await registry.definition("app.Model") == b"definition of Model"
+    assert await read_state(redis, keys, one.ref) == "dead"  # max_attempts reached the scripts
+
+
+async def test_deploying_again_keeps_the_requests_and_changes_the_version(
+    redis: Control, keys: DeploymentKeys, registry: Registry
+) -> None:
+    first = await registry.deploy("app", "Model", [new()])
+    (ref,) = await seed_queued(redis, keys)
+
+    second = await registry.deploy("app", "Model", [new()])
+
+    assert first.version != second.version
+    assert await read_state(redis, keys, ref) == "queued"
+
+
+async def test_deployment_that_is_no_longer_part_of_the_application_goes(redis: Control, registry: Registry) -> None:
+    await registry.deploy("app", "Model", [new("Model"), new("Old")])
+
+    await registry.deploy("app", "Model", [new("Model")])
+
+    assert await registry.view("app", "Old") is None
+    assert not await redis.exists(*ALL.deployment("app.Old").owned)
+    assert await registry.view("app", "Model") is not None
+
+
+async def test_deleted_application_leaves_its_results_and_nothing_else(
+    redis: Control, keys: DeploymentKeys, registry: Registry
+) -> None:
+    await registry.deploy("app", "Model", [new()])
+    (ended,) = await seed_running(redis, keys)
+    await finish(redis, keys, ended)
+    await seed_queued(redis, keys, 3)
+    await seed_parked(redis, keys)
+    await seed_delayed(redis, keys)
+
+    deleted = await registry.delete("app")
+
+    left = {name.decode() async for name in redis.scan_iter()}
+    assert deleted
+    assert left == {ALL.changes, keys.result(ended.ref)}
+
+
+async def test_unknown_application_cannot_be_deleted(registry: Registry) -> None:
+    assert not await registry.delete("app")
+
+
+async def test_deleted_application_waits_for_its_replicas_and_takes_nothing_new(
+    redis: Control, keys: DeploymentKeys, registry: Registry
+) -> None:
+    await registry.deploy("app", "Model", [new()])
+    (one,) = await seed_running(redis, keys)
+    await add_replica(registry, keys, "r-1")
+
+    async def is_closed() -> bool:
+        return not await redis.exists(keys.config)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(registry.delete, "app")
+        await wait_until(is_closed)
+        with pytest.raises(Exception, match="NODEPLOYMENT"):
+            await run(redis, scripts.submit(keys, "", (b"r" * 22, "normal", b"m", "", b"")))
+        refused, _ = await finish(redis, keys, one)
+        await redis.delete(keys.lease("r-1"))
+
+    assert refused == {}
+    assert not await redis.exists(*keys.owned)
+
+
+async def test_application_deployed_again_while_it_is_being_deleted_stays(
+    redis: Control, keys: DeploymentKeys, registry: Registry
+) -> None:
+    await registry.deploy("app", "Model", [new()])
+    await add_replica(registry, keys, "r-1")
+
+    async def is_closed() -> bool:
+        return not await redis.exists(keys.config)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(registry.delete, "app")
+        await wait_until(is_closed)
+        await registry.deploy("app", "Model", [new()])
+        (ref,) = await seed_queued(redis, keys)
+        await redis.delete(keys.lease("r-1"))
+
+    assert await registry.view("app", "Model") is not None
+    assert await read_state(redis, keys, ref) == "queued"
+
+
+async def test_every_change_wakes_the_autoscaler(redis: Control, registry: Registry) -> None:
+    await registry.deploy("app", "Model", [new()])
+    await registry.override("app.Model", {"num_replicas": 2})
+    await registry.delete("app")
+
+    changes: Any = await redis.xrange(ALL.changes)
+    assert [fields[b"what"].decode() for _, fields in changes] == [
+        "deployed app",
+        "override of app.Model",
+        "removed app.Model",
+    ]
+
+
+# nodes
+
+
+async def register_node(registry: Registry, name: str, started_ms: int, *, is_alive: bool) -> None:
+    record = NodeRecord(name, "host", 1, started_ms)
+    await registry.client.hset(ALL.nodes, name, json.dumps(asdict(record)))
+    await registry.assign(name, "app.Model", 2, "v1")
+    if is_alive:
+        await run(registry.client, scripts.renew([ALL.node_lease(name)], 60, name))
+
+
+async def test_node_without_lease_is_not_listed_and_forgotten_after_a_minute(
+    redis: Control, registry: Registry
+) -> None:
+    now_ms = await registry.now_ms()
+    await register_node(registry, "alive", 0, is_alive=True)
+    await register_node(registry, "starting", now_ms, is_alive=False)
+    await register_node(registry, "gone", now_ms - 61_000, is_alive=False)
+
+    alive = await registry.nodes()
+
+    assert set(alive) == {"alive"}
+    assert set(await redis.hkeys(ALL.nodes)) == {b"alive", b"starting"}
+    assert not await redis.exists(ALL.node_plan("gone"))
+
+
+async def test_plan_says_what_was_assigned_and_not_unassigned(registry: Registry) -> None:
+    await register_node(registry, "n-1", 0, is_alive=True)
+    await registry.assign("n-1", "app.Other", 3, "v2")
+    await registry.assign("n-1", "app.Model", 1, "v1")
+    await registry.unassign("n-1", "app.Other")
+
+    assert await registry.plan("n-1") == {"app.Model": (1, "v1")}
+
+
+# the view
+
+
+async def test_nothing_is_seen_where_nothing_is_deployed(registry: Registry) -> None:
+    assert await registry.view("app", "Model") is None
+    assert await registry.views() == []
+
+
+async def test_views_are_of_all_deployments_in_their_order(registry: Registry) -> None:
+    names = [f"D{number}" for number in range(12)]
+    await registry.deploy("b", "D0", [new(name) for name in names])
+    await registry.deploy("a", "Model", [new("Model")])
+
+    assert [one.tag for one in await registry.views()] == ["a.Model", *(f"b.{name}" for name in names)]
+
+
+async def test_view_holds_config_decision_backlog_and_replicas(
+    redis: Control, keys: DeploymentKeys, registry: Registry
+) -> None:
+    record = await registry.deploy("app", "Model", [new(max_attempts=7)])
+    await run(redis, scripts.decide(keys, 1, 3, "backlog grows", {"waiting": 5}))
+    await seed_queued(redis, keys, 5)
+    await add_replica(registry, keys, "r-2", version=record.version)
+    await add_replica(registry, keys, "r-1", version=record.version, state="STARTING")
+
+    seen = await view(registry)
+
+    assert (seen.config.max_attempts, seen.target, seen.reason) == (7, 3, "backlog grows")
+    assert seen.backlog.waiting == 5
+    assert [replica.replica for replica in seen.replicas] == ["r-1", "r-2"]
+    assert [replica.replica for replica in seen.running] == ["r-2"]
+    (decision,) = await registry.decisions("app.Model")
+    assert decision.pop("at_ms").isdigit()
+    assert decision == {"target": "3", "reason": "backlog grows", "waiting": "5"}
+
+
+@pytest.mark.parametrize(
+    ("target", "replicas", "status"),
+    [
+        (None, [], "UPDATING"),
+        (0, [], "HEALTHY"),
+        (1, [("new", "RUNNING")], "HEALTHY"),
+        (1, [("new", "STARTING")], "UPDATING"),
+        (1, [("new", "RUNNING"), ("old", "DRAINING")], "UPDATING"),
+        (3, [("new", "RUNNING")], "UPSCALING"),
+        (1, [("new", "RUNNING"), ("new", "RUNNING")], "DOWNSCALING"),
+        (1, [("new", "RUNNING"), ("new", "DRAINING")], "DOWNSCALING"),
+    ],
+)
+async def test_status_is_ray_serves_word_for_it(
+    redis: Control,
+    keys: DeploymentKeys,
+    registry: Registry,
+    target: int | None,
+    replicas: list[tuple[str, str]],
+    status: str,
+) -> None:
+    record = await registry.deploy("app", "Model", [new()])
+    if target is not None:
+        await run(redis, scripts.decide(keys, 1, target, "", {}))
+    for number, (age, state) in enumerate(replicas):
+        version = record.version if age == "new" else "before"
+        await add_replica(registry, keys, f"r-{number}", version=version, state=state)
+
+    assert (await view(registry)).status == status
+
+
+async def test_failure_to_start_is_shown_until_the_next_version(registry: Registry) -> None:
+    record = await registry.deploy("app", "Model", [new()])
+
+    await registry.fail("app.Model", record.version, "its constructor raised", "Traceback ...")
+    failed = await view(registry)
+    await registry.deploy("app", "Model", [new()])
+    deployed_again = await view(registry)
+
+    assert (failed.status, failed.failure, failed.traceback) == (
+        "DEPLOY_FAILED",
+        "its constructor raised",
+        "Traceback ...",
+    )
+    assert (deployed_again.failure, deployed_again.status) == ("", "UPDATING")
+
+
+async def test_failure_of_a_former_version_is_not_recorded(registry: Registry) -> None:
+    before = await registry.deploy("app", "Model", [new()])
+    await registry.deploy("app", "Model", [new()])
+
+    await registry.fail("app.Model", before.version, "its constructor raised", "Traceback ...")
+
+    assert (await view(registry)).failure == ""
+
+
+async def test_override_is_an_operators_word_until_it_is_taken_back(registry: Registry) -> None:
+    await registry.deploy("app", "Model", [new()])
+
+    await registry.override("app.Model", {"min_replicas": 1, "max_replicas": 2})
+    overridden = await view(registry)
+    await registry.override("app.Model", None)
+
+    assert overridden.override == {"min_replicas": 1, "max_replicas": 2}
+    assert (await view(registry)).override is None

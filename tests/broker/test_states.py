@@ -1,0 +1,160 @@
+"""Each row of the table of transitions, carried out by the scripts; and each pair that is not in it, refused."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from millstream.broker import scripts
+from millstream.broker.connection import Control, run
+from millstream.broker.keys import DeploymentKeys
+from millstream.broker.scripts import Finished, Submitted, Supplied
+from millstream.broker.states import TERMINAL, TRANSITIONS, Event, State
+from tests.helpers import (
+    BODY,
+    CALLER,
+    REPLICA,
+    claim,
+    deploy_config,
+    new_ref,
+    read_everything,
+    read_state,
+    request,
+    seed_delayed,
+    seed_parked,
+    seed_running,
+)
+
+pytestmark = [pytest.mark.anyio, pytest.mark.fake]
+
+UPSTREAM = "up.Up~" + "u" * 22
+STATES: tuple[State | None, ...] = (None, *State)
+# A queued request was handed back: so there is a former owner whose entry is no longer the one that counts.
+WAYS_FROM_RUNNING = {
+    State.QUEUED: Event.HAND_BACK,
+    State.SUCCEEDED: Event.SUCCEED,
+    State.FAILED: Event.FAIL,
+    State.DEAD: Event.BURY,
+}
+REFUSED = [(state, event) for state in STATES for event in Event if (state, event) not in TRANSITIONS]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A request in some state, and the attempt that somebody owns, owned, or believes to own."""
+
+    ref: str
+    lane: str = "normal"
+    entry: bytes = b"1-1"
+
+
+@pytest.mark.parametrize(("state", "event", "target"), [(*pair, target) for pair, target in TRANSITIONS.items()])
+async def test_transition_in_the_table_is_carried_out(
+    redis: Control, keys: DeploymentKeys, state: State | None, event: Event, target: State
+) -> None:
+    await deploy_config(redis, keys)
+    subject = await seed(redis, keys, state)
+    assert await read_state(redis, keys, subject.ref) == state
+
+    await carry_out(redis, keys, event, subject)
+
+    assert await read_state(redis, keys, subject.ref) == target
+
+
+@pytest.mark.parametrize(("state", "event"), REFUSED)
+async def test_transition_not_in_the_table_is_refused_and_changes_nothing(
+    redis: Control, keys: DeploymentKeys, state: State | None, event: Event
+) -> None:
+    await deploy_config(redis, keys)
+    subject = await seed(redis, keys, state)
+    await prepare(redis, keys, event, subject)
+    before = await read_everything(redis)
+
+    answer = await carry_out(redis, keys, event, subject)
+
+    assert answer == refusal(state, event)
+    assert await read_everything(redis) == before
+
+
+def test_every_state_can_be_reached_and_only_terminal_ones_have_no_way_out() -> None:
+    assert set(TRANSITIONS.values()) == set(State)
+    assert {state for state, _ in TRANSITIONS} == {None, *State} - TERMINAL
+
+
+async def seed(redis: Control, keys: DeploymentKeys, state: State | None) -> Subject:
+    match state:
+        case None:
+            return Subject(new_ref())
+        case State.PARKED:
+            return Subject(await seed_parked(redis, keys, UPSTREAM))
+        case State.DELAYED:
+            return Subject(await seed_delayed(redis, keys))
+        case _:
+            (one,) = await seed_running(redis, keys)
+            subject = Subject(one.ref, one.lane, one.entry)
+    if state != State.RUNNING:
+        await carry_out(redis, keys, WAYS_FROM_RUNNING[state], subject)
+    return subject
+
+
+async def prepare(redis: Control, keys: DeploymentKeys, event: Event, subject: Subject) -> None:
+    """What the event needs besides the request: a due time that has come, attempts that are used up."""
+    match event:
+        case Event.PROMOTE:
+            await redis.zadd(keys.due, {subject.ref: 1}, xx=True)
+        case Event.BURY:
+            await redis.hset(keys.config, "max_attempts", 1)
+
+
+async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject: Subject) -> Any:
+    """Attempt the event as whoever believes it is time for it would; the script's answer."""
+    await prepare(redis, keys, event, subject)
+    ref, lane, entry = subject.ref, subject.lane, subject.entry
+    match event:
+        case Event.SUBMIT:
+            return (await run(redis, scripts.submit(keys, CALLER, request(ref)))).get(0, Submitted.NEW)
+        case Event.PARK:
+            call = scripts.hold(keys, CALLER, ref.encode(), "normal", b"m", BODY, depends_on=[UPSTREAM])
+            return await run(redis, call)
+        case Event.DELAY:
+            call = scripts.hold(keys, CALLER, ref.encode(), "normal", b"m", BODY, delay_ms=3_600_000)
+            return await run(redis, call)
+        case Event.SUPPLY:
+            return await run(redis, scripts.supply(keys, ref, UPSTREAM, b"succeeded normal 1-1\nvalue"))
+        case Event.REJECT:
+            before = await redis.exists(keys.result(ref))
+            waiters = await run(redis, scripts.reject(keys, ref, 60, b"error"))
+            return waiters, await redis.exists(keys.result(ref)) - before
+        case Event.PROMOTE:
+            return (await run(redis, scripts.sweep(keys))).promoted
+        case Event.CLAIM:
+            return await claim(redis, keys, 5)
+        case Event.HAND_BACK:
+            return await run(redis, scripts.hand_back(keys, lane, lane, [entry]))
+        case Event.RELEASE | Event.BURY:
+            released = await run(redis, scripts.release(keys, lane, REPLICA, "killed", expired=False))
+            return released.requeued, released.buried
+        case Event.SUCCEED | Event.FAIL:
+            outcome = (entry, ref.encode(), CALLER, "succeeded" if event == Event.SUCCEED else "failed", b"body")
+            refused, _ = await run(redis, scripts.finish(keys, lane, 60, outcome))
+            return refused.get(0)
+
+
+def refusal(state: State | None, event: Event) -> Any:
+    """What a script answers to an event that is not in the table."""
+    match event:
+        case Event.SUBMIT | Event.PARK | Event.DELAY:
+            return Submitted.DONE if state in TERMINAL else Submitted.OPEN
+        case Event.SUPPLY:
+            return Supplied.GONE
+        case Event.REJECT:
+            return [], 0
+        case Event.PROMOTE | Event.HAND_BACK:
+            return 0
+        case Event.CLAIM:
+            return []
+        case Event.RELEASE | Event.BURY:
+            return 0, 0
+        case Event.SUCCEED | Event.FAIL:
+            finished_before = state in (State.SUCCEEDED, State.FAILED)
+            return Finished.DONE if finished_before else Finished.STALE

@@ -1,0 +1,165 @@
+"""The sweeper: takes over by lease only after a full lease of watching, and buries what is dead with all it held."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from millstream.broker.connection import Control, run
+from millstream.broker.keys import DeploymentKeys
+from millstream.broker.link import dial
+from millstream.broker.registry import ReplicaRecord
+from millstream.broker.scripts import renew
+from millstream.broker.states import State
+from millstream.broker.supplying import Supplier
+from millstream.broker.sweeper import Sweeper, bury
+from millstream.config import Settings
+from tests.helpers import REPLICA, deploy_config, read_state, read_states, seed_delayed, seed_running
+
+pytestmark = pytest.mark.anyio
+
+LEASE_S = 5.0
+
+
+class Clock:
+    """A time that the test moves."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sweeper(redis: Control, settings: Settings, clock: Clock) -> Sweeper:
+    return Sweeper(settings, lambda call: run(redis, call), redis.execute_command, lease_s=LEASE_S, clock=clock)
+
+
+async def register(redis: Control, keys: DeploymentKeys, *connections: int) -> None:
+    record = ReplicaRecord(REPLICA, "n-1", 1, "v", "RUNNING", 0, list(connections))
+    await redis.hset(keys.replicas, REPLICA, json.dumps(asdict(record)))
+
+
+@pytest.mark.fake
+async def test_due_requests_are_queued(redis: Control, keys: DeploymentKeys, sweeper: Sweeper) -> None:
+    await deploy_config(redis, keys)
+    ref = await seed_delayed(redis, keys)
+    await redis.zadd(keys.due, {ref: 1})
+
+    await sweeper.step(keys.tag)
+
+    assert await read_state(redis, keys, ref) == State.QUEUED
+
+
+@pytest.mark.fake
+async def test_nothing_is_taken_over_before_a_full_lease_of_watching(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
+) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+    await register(redis, keys)
+    await sweeper.step(keys.tag)
+
+    clock.now_s += LEASE_S - 0.1
+    await sweeper.step(keys.tag)
+    before = await read_state(redis, keys, one.ref)
+    clock.now_s += 0.1
+    await sweeper.step(keys.tag)
+
+    assert before == State.RUNNING
+    assert await read_state(redis, keys, one.ref) == State.QUEUED
+    assert not await redis.exists(keys.replicas)
+
+
+@pytest.mark.fake
+async def test_lease_that_was_renewed_meanwhile_starts_the_watch_over(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
+) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+    await sweeper.step(keys.tag)
+    await run(redis, renew([keys.lease(REPLICA)], LEASE_S, "launcher"))
+    clock.now_s += LEASE_S
+    await sweeper.step(keys.tag)
+    await redis.pexpire(keys.lease(REPLICA), 0)
+
+    await sweeper.step(keys.tag)
+
+    assert await read_state(redis, keys, one.ref) == State.RUNNING
+
+
+@pytest.mark.fake
+async def test_break_of_our_own_connection_starts_the_watch_over(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
+) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+    await sweeper.step(keys.tag)
+    clock.now_s += LEASE_S
+
+    sweeper.connection_was_broken()
+    await sweeper.step(keys.tag)
+
+    assert await read_state(redis, keys, one.ref) == State.RUNNING
+
+
+@pytest.mark.fake
+async def test_deployments_are_watched_apart(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
+) -> None:
+    other = DeploymentKeys("ms", "app.Other")
+    await deploy_config(redis, keys)
+    await deploy_config(redis, other)
+    (one,) = await seed_running(redis, keys)
+    (two,) = await seed_running(redis, other)
+    await sweeper.step(keys.tag)
+    clock.now_s += LEASE_S
+
+    await sweeper.step(other.tag)
+    await sweeper.step(keys.tag)
+
+    assert await read_state(redis, keys, one.ref) == State.QUEUED
+    assert await read_state(redis, other, two.ref) == State.RUNNING
+
+
+@pytest.mark.fake
+async def test_burial_releases_every_lane_and_forgets_the_replica(
+    redis: Control, settings: Settings, keys: DeploymentKeys
+) -> None:
+    await deploy_config(redis, keys)
+    counts = {"high": 1, "normal": 101, "low": 2}
+    refs = [one.ref for lane, count in counts.items() for one in await seed_running(redis, keys, count, lane=lane)]
+    await register(redis, keys)
+    await run(redis, renew([keys.lease(REPLICA)], LEASE_S, "launcher"))
+    supplier = Supplier(settings, lambda call: run(redis, call))
+
+    requeued = [
+        await bury(
+            lambda call: run(redis, call), redis.execute_command, supplier, keys, REPLICA, "killed", expired=False
+        )
+        for _ in range(2)
+    ]
+
+    assert requeued == [104, 0]
+    assert await read_states(redis, keys, refs) == [State.QUEUED] * 104
+    assert not await redis.exists(keys.replicas, keys.lease(REPLICA))
+
+
+async def test_burial_cuts_the_connections_of_the_dead_first(
+    redis: Control, settings: Settings, keys: DeploymentKeys
+) -> None:
+    await deploy_config(redis, keys)
+    ghost = await dial(settings, "ghost")
+    read = ghost.ask("XREADGROUP", "GROUP", "replicas", REPLICA, "BLOCK", 0, "STREAMS", keys.lane("normal"), ">")
+    await register(redis, keys, ghost.client_id, 999_999_999)
+    supplier = Supplier(settings, lambda call: run(redis, call))
+
+    await bury(lambda call: run(redis, call), redis.execute_command, supplier, keys, REPLICA, "frozen", expired=False)
+
+    await ghost.lost
+    assert read.exception() is not None
