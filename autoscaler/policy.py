@@ -56,6 +56,8 @@ def decide(
         return Decision(
             first, "first deployment: initial_replicas or min_replicas", replace(memory, busy_at_s=reading.at_s)
         )
+    if target > scaling.max_replicas:  # lowered by an operator or a new version: that is no case for a delay
+        return Decision(scaling.max_replicas, f"limited by max_replicas={scaling.max_replicas}", memory)
     policy = _ray if scaling.policy == "ray" else _backlog
     return policy(scaling, config.max_ongoing_requests or 1, target, reading, rates, memory, window)
 

@@ -3,7 +3,8 @@
     byte 0      version, 1
     byte 1      "p" pickle, or "j" JSON
     bytes 2-17  BLAKE2b of 16 bytes, keyed with the secret, personalised with the kind, over
-                namespace 0 tag 0 method 0 ref format body        (0 is a zero byte; method is empty but for requests)
+                namespace 0 tag 0 method 0 format length ref body
+                (0 is a zero byte, length that of the ref in one byte; method is empty but for requests)
     bytes 18-   body
 
 Whoever moves a body to another ref, method, deployment, namespace or kind breaks its signature. Nothing is unpickled
@@ -39,14 +40,14 @@ class Codec:
 
     def _sign(self, kind: Kind, method: bytes, ref: bytes, form: bytes, body: bytes) -> bytes:
         seed = self._seeds[kind].copy()
-        seed.update(b"%b\0%b%b" % (method, ref, form))
+        seed.update(b"%b\0%b%c%b" % (method, form, len(ref), ref))
         seed.update(body)
         return seed.digest()
 
     def seal(self, kind: Kind, ref: bytes, body: bytes, method: bytes = b"") -> bytes:
         """The envelope of a pickled body."""
         seed = self._seeds[kind].copy()  # `_sign` written out: twice per request
-        seed.update(b"%b\0%bp" % (method, ref))
+        seed.update(b"%b\0p%c%b" % (method, len(ref), ref))
         seed.update(body)
         return b"\x01p%b%b" % (seed.digest(), body)
 
@@ -60,7 +61,7 @@ class Codec:
         if envelope[:2] == b"\x01p":  # `verify` written out: twice per request
             body = envelope[HEADER_BYTES:]
             seed = self._seeds[kind].copy()
-            seed.update(b"%b\0%bp" % (method, ref))
+            seed.update(b"%b\0p%c%b" % (method, len(ref), ref))
             seed.update(body)
             if seed.digest() == envelope[2:HEADER_BYTES]:
                 return pickling.load(body)

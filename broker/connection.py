@@ -1,7 +1,7 @@
 """Connections for everything but the hot path, over redis-py: control plane, autoscaler, dashboard, CLI."""
 
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -70,16 +70,3 @@ def backoff(*, first_s: float = 0.02, most_s: float = 1.0, seed: Any = None) -> 
     while True:
         yield delay * jitter.uniform(0.5, 1.0)
         delay = min(most_s, delay * 2)
-
-
-async def ensure_groups(ask: Callable[..., Awaitable[Any]], lanes: tuple[str, ...], group: str) -> None:
-    """Create the lanes' consumer groups, from the beginning of each stream. Twice is as once.
-
-    `ask` sends one command: `Link.ask`, or `execute_command` of a redis-py client.
-    """
-    for lane in lanes:
-        try:
-            await ask("XGROUP", "CREATE", lane, group, "0", "MKSTREAM")
-        except Exception as e:
-            if "BUSYGROUP" not in str(e):
-                raise

@@ -17,7 +17,7 @@ from redis.asyncio.connection import parse_url
 
 from millstream.broker.scripts import Call
 from millstream.config import Settings, redact
-from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError
+from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError, PayloadTooLargeError
 
 T = TypeVar("T")
 Callback = Callable[[Any], None]
@@ -124,6 +124,18 @@ _CANNOT_NOW = (
 )
 
 
+class Messages:
+    """Takes apart what the scripts publish: each message is a RESP array of ref, stored, ref, stored, ..."""
+
+    def __init__(self) -> None:
+        self._reader = hiredis.Reader()
+
+    def read(self, message: bytes) -> list[bytes]:
+        self._reader.feed(message)
+        items: list[bytes] = self._reader.gets()
+        return items
+
+
 def explain(reply: Exception) -> Exception:
     """An error reply of the server as one of ours, where there is one for it."""
     text = str(reply)
@@ -137,6 +149,8 @@ def explain(reply: Exception) -> Exception:
         )
     if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN")) or isinstance(reply, _CANNOT_NOW):
         return BrokerUnavailableError(f"the server cannot take commands now ({text})")
+    if "TOOMANYREFS" in text:
+        return PayloadTooLargeError("a request can wait for 3900 refs at most; pass the others inside a list, as refs")
     if text.startswith("NOGROUP"):
         return BrokerUnavailableError(
             "the server has lost this deployment's streams; whoever reads them makes them anew"

@@ -8,7 +8,7 @@ from typing import Any
 
 from millstream.broker import remote_errors
 from millstream.broker.codec import Codec
-from millstream.errors import MillstreamError, RefNotFoundError, ReplicaDiedError
+from millstream.errors import MillstreamError, RefNotFoundError, ReplicaDiedError, RequestCancelledError
 
 
 def is_header_only(stored: bytes) -> bool:
@@ -31,6 +31,8 @@ def open_stored(codec: Codec, ref: bytes, stored: bytes) -> Any:
         raise remote_errors.rebuild(codec.open("error", ref, body), f"{codec.tag}~{ref.decode()}")
     if header[:4] == b"dead":
         raise died(codec.tag, ref, body)
+    if header[:9] == b"cancelled":
+        raise cancelled(codec.tag, ref, body)
     raise not_found(f"{codec.tag}~{ref.decode()}", f"its result is in a state unknown to this version: {header!r}")
 
 
@@ -39,7 +41,9 @@ def error_body(codec: Codec, ref: bytes, stored: bytes) -> bytes:
     header, _, body = stored.partition(b"\n")
     if header[:6] == b"failed":
         return codec.verify("error", ref, body)[1]
-    return remote_errors.capture(died(codec.tag, ref, body))
+    if header[:4] == b"dead":
+        return remote_errors.capture(died(codec.tag, ref, body))
+    return remote_errors.capture(cancelled(codec.tag, ref, body))
 
 
 def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
@@ -53,6 +57,11 @@ def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
         ref_id=ref_id,
         attempts=attempts,
     )
+
+
+def cancelled(tag: str, ref: bytes, body: bytes) -> RequestCancelledError:
+    ref_id = f"{tag}~{ref.decode()}"
+    return RequestCancelledError(f"request {ref_id} was cancelled: {body.decode(errors='replace')}", ref_id=ref_id)
 
 
 def not_found(ref_id: str, why: str = "it expired, was dropped, or never existed on this server") -> RefNotFoundError:

@@ -10,13 +10,15 @@ import anyio
 
 from millstream.broker import scripts
 from millstream.broker.codec import codec_for
-from millstream.broker.connection import Control, ensure_groups, ping, run
-from millstream.broker.keys import GROUP, DeploymentKeys, Keys, deployment_tag
+from millstream.broker.connection import Control, ping, run
+from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
+from millstream.broker.supplying import Supplier
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
 VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
+CANCELLED_TTL_S = 3600  # of requests cancelled because their deployment was deleted
 REMOVE_WITHIN_S = 25.0  # longer than graceful_shutdown_timeout_s by default
 
 
@@ -146,7 +148,7 @@ class Registry:
 
     async def _store(self, tag: str, record: AppRecord, deployment: NewDeployment) -> None:
         keys, config = self.keys_of(tag), deployment.config
-        await ensure_groups(self.client.execute_command, keys.lanes, GROUP)
+        await run(self.client, scripts.groups(keys))
         async with self.client.pipeline(transaction=True) as pipe:
             pipe.set(keys.definition, deployment.definition)
             fields = {
@@ -174,14 +176,31 @@ class Registry:
         for keys in all_keys:
             await self.client.delete(keys.config, keys.definition)
         await self.announce(f"removed {', '.join(keys.tag for keys in all_keys)}")
-        for keys in all_keys:
-            with anyio.move_on_after(REMOVE_WITHIN_S):
-                while await self._has_living_replicas(keys) and not await self.client.exists(keys.config):
-                    await anyio.sleep(0.02)
-            if await self.client.exists(keys.config):
-                continue  # deployed again meanwhile
-            held = [*await self.client.zrange(keys.parked, 0, -1), *await self.client.zrange(keys.due, 0, -1)]
-            await self.client.delete(*keys.owned, *[keys.held(ref.decode()) for ref in held])
+        # All at once: a caller's replicas end when the requests that they wait for, in a callee's queue, are gone.
+        async with anyio.create_task_group() as removals:
+            for keys in all_keys:
+                removals.start_soon(self._remove_when_drained, keys)
+
+    async def _remove_when_drained(self, keys: DeploymentKeys) -> None:
+        """Cancel what waits, let what runs finish, cancel what is left then. Nobody is left waiting for an answer."""
+        await self._discard(keys, running=False)
+        with anyio.move_on_after(REMOVE_WITHIN_S):
+            while await self._has_living_replicas(keys) and not await self.client.exists(keys.config):  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+        if await self.client.exists(keys.config):
+            return  # deployed again meanwhile
+        await self._discard(keys, running=True)
+        await self.client.delete(*keys.owned)
+
+    async def _discard(self, keys: DeploymentKeys, *, running: bool) -> None:
+        supplier = Supplier(self.settings, lambda call: run(self.client, call))
+        cursor, is_through = "0", False
+        while not is_through:
+            call = scripts.discard(keys, cursor, CANCELLED_TTL_S, f"deployment {keys.tag} was deleted", running=running)
+            cursor, waiters = await run(self.client, call)
+            is_through = cursor == "0"
+            for waiter in waiters:
+                await supplier.supply(f"{keys.tag}~{waiter.ref.decode()}", [waiter.waiter_id])
 
     async def _has_living_replicas(self, keys: DeploymentKeys) -> bool:
         leases = [keys.lease(name.decode()) for name in await self.client.hkeys(keys.replicas)]

@@ -30,16 +30,17 @@ def capture(error: BaseException, *, where: str = "") -> bytes:
         pickling.load(cause)  # some pickle and cannot be loaded: their __init__ wants what args does not hold
     except Exception:
         cause = None
-    return pickle.dumps(
-        {
-            "type": f"{type(error).__module__}.{type(error).__qualname__}",
-            "text": _text_of(error),
-            "traceback": _user_traceback(error),
-            "where": where,
-            "cause": cause,
-        },
-        pickling.PROTOCOL,
-    )
+    return pickle.dumps({**describe(error, where=where), "cause": cause}, pickling.PROTOCOL)
+
+
+def describe(error: BaseException, *, where: str = "") -> dict[str, Any]:
+    """The record of an exception in plain text: all that a caller in another language can use of it."""
+    return {
+        "type": f"{type(error).__module__}.{type(error).__qualname__}",
+        "text": _text_of(error),
+        "traceback": _user_traceback(error),
+        "where": where,
+    }
 
 
 def rebuild(record: dict[str, Any], ref_id: str) -> BaseException:
@@ -48,7 +49,7 @@ def rebuild(record: dict[str, Any], ref_id: str) -> BaseException:
         ours: BaseException = record["ours"]
         return ours
     cause: BaseException | None = None
-    if record["cause"] is not None:
+    if record.get("cause") is not None:
         try:
             cause = pickling.load(record["cause"])
         except Exception:

@@ -206,6 +206,27 @@ def release(keys: DeploymentKeys, lane: str, replica: str, cause: str, *, expire
     )  # fmt: skip
 
 
+def discard(
+    keys: DeploymentKeys, cursor: str, ttl_s: int, why: str, *, running: bool
+) -> Call[tuple[str, list[Waiter]]]:
+    """One step of a scan that cancels what is open, `running` requests included or not. Answers the next cursor
+    ("0" when through) and who waited for what was cancelled."""
+    return Call(
+        script("discard"),
+        (
+            keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.prefix,
+            keys.held_prefix, keys.parked, keys.due,
+        ),
+        (cursor, SWEEP_LIMIT, ttl_s, why, "all" if running else "waiting"),
+        lambda reply: (reply[0].decode(), _waiters(reply[1])),
+    )  # fmt: skip
+
+
+def groups(keys: DeploymentKeys) -> Call[int]:
+    """Makes the lanes' consumer groups where they are missing; answers how many."""
+    return Call(script("groups"), keys.lanes, (), int)
+
+
 def hand_back(keys: DeploymentKeys, lane: str, target: str, entries: Iterable[bytes]) -> Call[int]:
     return Call(script("hand_back"), (keys.lane(lane), keys.lane(target), keys.open), (target, *entries), int)
 

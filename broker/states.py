@@ -13,9 +13,10 @@ class State(StrEnum):
     SUCCEEDED = "succeeded"  # has a value
     FAILED = "failed"  # its code, or that of a request it depends on, raised
     DEAD = "dead"  # attempts used up; kept as a dead letter
+    CANCELLED = "cancelled"  # its deployment was deleted
 
 
-TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD})
+TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED})
 
 
 class Event(StrEnum):
@@ -33,6 +34,7 @@ class Event(StrEnum):
     BURY = "bury"  # its replica is dead and its attempts are used up
     SUCCEED = "succeed"  # finish with a value
     FAIL = "fail"  # finish with an error
+    DISCARD = "discard"  # its deployment is deleted
 
 
 # None stands for "unknown to the server". What is not in the table is refused and changes nothing.
@@ -49,4 +51,8 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (State.RUNNING, Event.BURY): State.DEAD,
     (State.RUNNING, Event.SUCCEED): State.SUCCEEDED,
     (State.RUNNING, Event.FAIL): State.FAILED,
+    (State.PARKED, Event.DISCARD): State.CANCELLED,
+    (State.DELAYED, Event.DISCARD): State.CANCELLED,
+    (State.QUEUED, Event.DISCARD): State.CANCELLED,
+    (State.RUNNING, Event.DISCARD): State.CANCELLED,
 }

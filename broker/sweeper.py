@@ -70,6 +70,8 @@ async def bury(
     Its connections are killed first: one of its reads may still be blocked in the server and would take the very
     entries that are given back. Safe to run twice, and by several at once.
     """
+    if expired and await ask("EXISTS", keys.lease(replica)):
+        return 0  # it is back: its connections stay
     record = await ask("HGET", keys.replicas, replica)
     for connection in ReplicaRecord(**json.loads(record)).connections if record else ():
         await ask("CLIENT", "KILL", "ID", connection)

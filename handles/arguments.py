@@ -56,12 +56,19 @@ def _later(value: Any, depends_on: list[str]) -> Any:
 
 def _task_to_ref(value: Any) -> Any:
     if isinstance(value, RefTask):
+        value.add_done_callback(_note_failure)
         return value.ref
     if isinstance(value, asyncio.Future):
         raise SerializationError(
             f"{value!r} cannot be an argument: only the tasks that handle.remote() returns become refs; await it first"
         )
     return value
+
+
+def _note_failure(task: asyncio.Future[Any]) -> None:
+    """The failure of an upstream reaches its caller through the dependant: asyncio must not call it forgotten."""
+    if not task.cancelled():
+        task.exception()
 
 
 def fill_in(

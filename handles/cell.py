@@ -10,6 +10,7 @@ from typing import Any
 
 from millstream.broker import outcomes
 from millstream.broker.codec import Codec
+from millstream.errors import BrokerUnavailableError
 
 Watcher = Callable[["Cell"], None]
 
@@ -38,6 +39,11 @@ class Cell:
     @property
     def has_ended(self) -> bool:
         return self._stored is not None or self._error is not None
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Did the connection end before the request did? Its result may still be there for another engine."""
+        return isinstance(self._error, BrokerUnavailableError)
 
     def settle(self, stored: bytes) -> None:
         """The request has ended; `stored` is what its result key holds."""
@@ -121,8 +127,7 @@ class Cell:
 
         self._add(watcher, ended=for_end)
         try:
-            # In slices: a lock wait without timeout cannot be interrupted by Ctrl-C everywhere.
-            return turnstile.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+            return turnstile.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
         finally:
             self.forget(watcher)
 

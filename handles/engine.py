@@ -5,20 +5,20 @@ Redis is the truth: after each reconnect, and at a bounded rate all the time, th
 """
 
 import asyncio
+import functools
 import itertools
+import json
 import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
-import hiredis
-
 from millstream.broker import outcomes, scripts
 from millstream.broker.codec import Codec, codec_for
 from millstream.broker.connection import backoff
 from millstream.broker.keys import DeploymentKeys, Keys
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link, Messages, dial
 from millstream.broker.scripts import Submitted
 from millstream.broker.supplying import Supplier
 from millstream.config import Settings
@@ -86,11 +86,12 @@ class Engine:
         self._to_look_at: deque[bytes] = deque()
         self._commands: Link | None = None
         self._replies: Link | None = None
-        self._messages = hiredis.Reader()
+        self._messages = Messages()
         self._chores: set[asyncio.Task[Any]] = set()
         self._supplier = Supplier(settings, self._run)
         self._connector: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._unqueued: set[bytes] = set()  # refs of requests whose callers wait until the server has them
         self._unregistered: set[bytes] = set()  # refs of holds and follows under way: the server may not know them yet
         self._closer: AsyncGenerator[None, None] | None = None
 
@@ -108,8 +109,14 @@ class Engine:
         return route
 
     def submit(self, route: Route, pending: Pending, method: bytes, want: bytes, envelope: bytes) -> None:
-        """Send a request; `pending` hears of its end. Twice with the same ref is as once."""
+        """Send a request; `pending` hears of its end. Twice with the same ref is as once.
+
+        It is matched when a replica has taken it, and with `want` = "queued" when the server has.
+        """
         self._pending[pending.ref] = pending
+        if want == b"queued":
+            self._unqueued.add(pending.ref)
+            want = b""
         buffer = route.buffer
         buffer += (pending.ref, b"normal", method, want, envelope)
         route.buffered_bytes += len(envelope)
@@ -197,17 +204,23 @@ class Engine:
             if time.monotonic() - batch.since > PATIENCE_S:
                 self._fail_buffer(route, reply)
             return
+        refs = batch.requests[::FIELDS]
         if isinstance(reply, Exception):
-            self._refused(route, batch.requests[::FIELDS], reply)
-        elif reply:
-            refs = batch.requests[::FIELDS]
-            self._look_at(route, [refs[position] for position in reply])
+            self._refused(route, refs, reply)
+        else:
+            for ref in self._unqueued.intersection(refs) if self._unqueued else ():
+                self._unqueued.discard(ref)
+                if (pending := self._pending.get(ref)) is not None:
+                    pending.match()
+            if reply:
+                self._look_at(route, [refs[position] for position in reply])
         if route.buffer:
             self._flush(route)
 
     def _refused(self, route: Route, refs: Iterable[bytes], reason: Exception) -> None:
         error = no_such_deployment(route.tag) if "NODEPLOYMENT" in str(reason) else reason
         for ref in refs:
+            self._unqueued.discard(ref)
             pending = self._pending.pop(ref, None)
             if pending is not None:
                 pending.fail(error)
@@ -298,8 +311,7 @@ class Engine:
     # results
 
     def _on_message(self, message: bytes) -> None:
-        self._messages.feed(message)
-        items = self._messages.gets()
+        items = self._messages.read(message)
         pendings = self._pending
         for i in range(0, len(items), 2):
             ref, stored = items[i], items[i + 1]
@@ -391,7 +403,7 @@ class Engine:
             if link is not None:
                 link.close()
         self._commands = self._replies = None
-        self._messages = hiredis.Reader()
+        self._messages = Messages()
         for route in self._routes.values():
             route.is_ready = False
 
@@ -452,9 +464,15 @@ class Engine:
             self._ask_whether_it_can_start(self.route(tag))
 
     def _ask_whether_it_can_start(self, route: Route) -> None:
-        def answered(reply: Any) -> None:
-            if isinstance(reply, list) and reply[0] == b"DEPLOY_FAILED":
-                error = deploy_failed(route.tag, *(text.decode() if text else "" for text in reply[1:]))
+        """Fail who waits for a deployment that cannot start, unless replicas of its former version still serve."""
+
+        def answered(status: Any) -> None:
+            if isinstance(status, list) and status[0] == b"DEPLOY_FAILED" and self._commands is not None:
+                self._commands.send(functools.partial(looked, status), "HVALS", route.keys.replicas)
+
+        def looked(status: list[bytes | None], replicas: Any) -> None:
+            if isinstance(replicas, list) and not any(json.loads(r)["state"] == "RUNNING" for r in replicas):
+                error = deploy_failed(route.tag, *(text.decode() if text else "" for text in status[1:]))
                 for pending in [p for p in self._pending.values() if p.codec.tag == route.tag]:
                     self._pending.pop(pending.ref, None)
                     pending.fail(error)

@@ -45,7 +45,7 @@ class _Handle:
         self._options = options or HandleOptions()
         self._tag = deployment_tag(app_name, deployment_name)
         self._method = self._options.method_name.encode()
-        self._want = b"matched" if self._options.block_until == "matched" else b""
+        self._want = self._options.block_until.encode()
         self._what = f"the arguments of {self._tag}.{self._options.method_name}, (args, kwargs)"
         self._engine: Engine | None = None
         self._route: Route | None = None
@@ -140,6 +140,8 @@ class DeploymentHandle(_Handle):
     def remote(self, *args: Any, **kwargs: Any) -> RefTask:
         """Send a request. The task gives its `ObjectRef` once a replica has it, or it is parked, delayed or ended.
 
+        With block_until="queued", once the server has it. From then on it is not lost, whatever becomes of the caller.
+
         Raises SerializationError at once; the task raises DeploymentNotFoundError, DeployFailedError,
         BrokerUnavailableError, BackPressureError. The un-awaited task can be an argument of another call.
         """
@@ -174,7 +176,7 @@ class DeploymentHandle(_Handle):
         return mapping.map_async(self.call, iterable, max_in_flight, ordered=ordered, progress=progress)
 
     async def _matched(self, cell: Cell, ref: ObjectRef, engine: Engine) -> ObjectRef:
-        if self._options.block_until == "matched" and not cell.is_matched:
+        if not cell.is_matched:
             await cell.future(engine.loop, for_end=False)
         _raise_if_unsent(cell)
         return ref
@@ -204,8 +206,7 @@ class SyncHandle(_Handle):
         """
         engines.warn_if_on_a_loop(f"{type(self).__name__}.remote()", "`await` with a DeploymentHandle")
         cell, engine = self._send(args, kwargs, self._want)
-        if self._options.block_until == "matched":
-            cell.wait(None, for_end=False)
+        cell.wait(None, for_end=False)
         _raise_if_unsent(cell)
         return ObjectRef(cell.ref_id, cell, engine)
 

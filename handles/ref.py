@@ -126,34 +126,40 @@ class ObjectRef:
         return self._followed_here()
 
     def _followed_here(self) -> Cell:
-        """As `_followed`; if no engine listens yet (or its loop is gone), that of the running loop does."""
+        """As `_followed`; if no engine listens (any more), that of the running loop does."""
         with self._lock:
             if self._cell is None or not self._is_served():
-                engine = engines.current()
-                self._engine, self._cell = engine, self._new_cell(engine)
-                engine.follow(engine.route(self._cell.codec.tag), self._cell)
+                cell = self._move_to(engine := engines.current())
+                engine.follow(engine.route(cell.codec.tag), cell)
+                return cell
             return self._cell
 
     def _followed_off_loop(self) -> Cell:
         """As `_followed`, by an engine that goes on while this thread blocks."""
         with self._lock:
-            engine = self._engine
-            if self._cell is not None and (
-                self._cell.has_ended or (self._is_served() and engine.loop is not engines.running_loop())  # type: ignore[union-attr]
-            ):
-                return self._cell
+            engine, cell = self._engine, self._cell
+            if cell is not None and engine is not None and self._is_served():
+                if cell.has_ended or engine.loop is not engines.running_loop():
+                    return cell
             background = engines.background()
-            if engine is not None and not engine.is_closed:
-                engine.resubmit_elsewhere(background.engine)
-            self._engine, self._cell = background.engine, self._new_cell(background.engine)
-            background.call(background.engine.follow, background.engine.route(self._cell.codec.tag), self._cell)
-            return self._cell
+            cell = self._move_to(background.engine)
+            background.call(background.engine.follow, background.engine.route(cell.codec.tag), cell)
+            return cell
 
     def _is_served(self) -> bool:
-        """Has the cell been filled, or will it be?"""
-        assert self._cell is not None
-        engine = self._engine
-        return self._cell.has_ended or (engine is not None and not engine.is_closed and not engine.loop.is_closed())
+        """Has the cell been filled, or will it be? Not by an engine that was closed, or whose loop stands still."""
+        cell, engine = self._cell, self._engine
+        assert cell is not None and engine is not None
+        if cell.has_ended:
+            return not (engine.is_closed and cell.was_cut_off)
+        return not engine.is_closed and engine.loop.is_running()
+
+    def _move_to(self, engine: Engine) -> Cell:
+        """A new cell, to be filled by this engine. It also sends what the former one, now blocked, may not have sent."""
+        if self._engine is not None and not self._engine.is_closed:
+            self._engine.resubmit_elsewhere(engine)
+        self._engine, self._cell = engine, self._new_cell(engine)
+        return self._cell
 
     def _new_cell(self, engine: Engine) -> Cell:
         tag, local = split_ref(self._id)

@@ -10,9 +10,12 @@ from millstream.broker.codec import Codec, codec_for
 from millstream.broker.keys import split_ref
 from millstream.broker.outcomes import open_stored
 from millstream.config import Settings
+from millstream.errors import SerializationError
 from millstream.handles import arguments
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.loader import Method, Served
+
+JSON = ord("j")  # the form byte of an envelope
 
 
 class Attempt(NamedTuple):
@@ -136,15 +139,29 @@ class Executor:
 
     def _succeeded(self, attempt: Attempt, value: Any) -> None:
         try:
-            body = pickling.dump(value, self._result_of)
+            if attempt.body[1] == JSON:
+                envelope = self._seal_json(attempt, value)
+            else:
+                envelope = self._codec.seal("value", attempt.ref, pickling.dump(value, self._result_of))
         except Exception as e:
             self._failed(attempt, e)
             return
-        envelope = self._codec.seal("value", attempt.ref, body)
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"succeeded", envelope)
 
+    def _seal_json(self, attempt: Attempt, value: Any) -> bytes:
+        """Who asks in JSON is answered in JSON."""
+        try:
+            return self._codec.seal_json("value", attempt.ref, value)
+        except (TypeError, ValueError) as e:
+            raise SerializationError(
+                f"{self._result_of} cannot be written as JSON, as its caller wants it: {e}"
+            ) from None
+
     def _failed(self, attempt: Attempt, error: BaseException) -> None:
-        envelope = self._codec.seal("error", attempt.ref, remote_errors.capture(error, where=self._where))
+        if attempt.body[1:2] == b"j":  # a body of any length: it may be what is wrong
+            envelope = self._codec.seal_json("error", attempt.ref, remote_errors.describe(error, where=self._where))
+        else:
+            envelope = self._codec.seal("error", attempt.ref, remote_errors.capture(error, where=self._where))
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"failed", envelope)
 
 

@@ -99,7 +99,17 @@ class Intake:
         for lane, entries in claimed:
             name = self._lane_names[lane]
             for entry, fields in entries:
-                self._executor.start(read_entry(name, entry, fields))
+                self._start_one(name, entry, fields)
+
+    def _start_one(self, lane: str, entry: bytes, fields: list[bytes]) -> None:
+        try:
+            attempt = read_entry(lane, entry, fields)
+        except (KeyError, ValueError):  # it stays pending; whoever buries this replica puts it with the dead letters
+            log.error(
+                "entry %s in %s is not a request: some other program wrote it", entry.decode(), self._keys.lane(lane)
+            )
+            return
+        self._executor.start(attempt)
 
     async def reconcile(self, reads: Link) -> None:
         """After a reconnect: run what the server delivered in a reply that never arrived."""
@@ -109,4 +119,4 @@ class Intake:
                 for entry, fields in entries:
                     if fields and not self._executor.holds(name, entry):
                         log.warning("request %s was delivered in a lost reply: it starts now", entry.decode())
-                        self._executor.start(read_entry(name, entry, fields))
+                        self._start_one(name, entry, fields)

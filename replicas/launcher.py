@@ -22,6 +22,7 @@ from anyio.abc import TaskGroup
 
 from millstream.broker import scripts
 from millstream.broker.connection import DOWN, backoff, open_control, run
+from millstream.broker.keys import check_name
 from millstream.broker.registry import NodeRecord, Registry, ReplicaRecord
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
@@ -42,7 +43,7 @@ class Launcher:
 
     def __init__(self, settings: Settings, node: str | None = None, *, lease_s: float = LEASE_S) -> None:
         self._settings, self._lease_s = settings, lease_s
-        self.node = node or f"{socket.gethostname().split('.')[0]}-{secrets.token_hex(2)}"
+        self.node = check_name("node", node) if node else f"{socket.gethostname().split('.')[0]}-{secrets.token_hex(2)}"
         self._client: Any = open_control(settings, f"ms:launcher:{self.node}")
         self._run = partial(run, self._client)
         self._ask = self._client.execute_command

@@ -18,9 +18,9 @@ from typing import Any
 
 from millstream.broker import scripts
 from millstream.broker.codec import codec_for
-from millstream.broker.connection import backoff, ensure_groups
+from millstream.broker.connection import backoff
 from millstream.broker.definitions import Definition
-from millstream.broker.keys import GROUP, Keys
+from millstream.broker.keys import Keys
 from millstream.broker.link import Link, dial
 from millstream.broker.registry import ReplicaRecord
 from millstream.broker.supplying import Supplier
@@ -139,7 +139,7 @@ class Replica:
             log.info("deployment %s is gone: replica %s ends", self._birth.tag, self._birth.replica)
             intake.is_draining = True  # `run` then takes in nothing, and the drain says goodbye
             return
-        await ensure_groups(writes.ask, self._keys.lanes, GROUP)
+        await writes.run(scripts.groups(self._keys))
         await self._register("RUNNING", [reads.client_id, writes.client_id])
         await intake.reconcile(reads)
         finisher.resume(writes)

@@ -52,9 +52,11 @@ for _, row in ipairs(pending) do
   else
     local request = take(entry)
     next_attempt(request)
-    if request.attempt > max_attempts then
+    if not request.ref or request.attempt > max_attempts then -- without a ref it is no request: kept to be looked at
       add(KEYS[7], request, 'MAXLEN', '~', 10000, '*')
-      conclude(request.ref, request.reply, 'dead ' .. lane_name .. ' ' .. entry, request.history)
+      if request.ref then
+        conclude(request.ref, request.reply or '', 'dead ' .. lane_name .. ' ' .. entry, request.history)
+      end
       buried = buried + 1
     else
       local again = add(KEYS[2], request, '*')

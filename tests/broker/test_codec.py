@@ -154,10 +154,10 @@ def test_verify_hands_out_form_and_body_without_decoding(codec: Codec) -> None:
 
 
 def test_signature_is_the_one_in_the_documentation(codec: Codec) -> None:
-    """A test vector for callers in other languages: keyed BLAKE2b over namespace 0 tag 0 method 0 ref form body."""
+    """A test vector for callers in other languages: keyed BLAKE2b over namespace 0 tag 0 method 0 form length ref body."""
     envelope = codec.seal_json("request", b"0123456789abcdefghijkl", [[1, "two"], {}], b"embed")
 
-    assert envelope.hex() == "016a703fb6787ea926550debfe255a9814dd5b5b312c202274776f225d2c207b7d5d"
+    assert envelope.hex() == "016a24579a69d0eb7cc929096aa43920fdb75b5b312c202274776f225d2c207b7d5d"
 
 
 def test_codec_of_a_deployment_is_made_once() -> None:

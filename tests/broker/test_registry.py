@@ -18,6 +18,7 @@ from millstream.broker.registry import (
     ReplicaRecord,
     connect_registry,
 )
+from millstream.broker.states import State
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError, SignatureError
 from tests.helpers import finish, read_state, seed_delayed, seed_parked, seed_queued, seed_running, wait_until
@@ -123,15 +124,14 @@ async def test_deleted_application_leaves_its_results_and_nothing_else(
     await registry.deploy("app", "Model", [new()])
     (ended,) = await seed_running(redis, keys)
     await finish(redis, keys, ended)
-    await seed_queued(redis, keys, 3)
-    await seed_parked(redis, keys)
-    await seed_delayed(redis, keys)
+    open_refs = [*await seed_queued(redis, keys, 3), await seed_parked(redis, keys), await seed_delayed(redis, keys)]
 
     deleted = await registry.delete("app")
 
     left = {name.decode() async for name in redis.scan_iter()}
     assert deleted
-    assert left == {ALL.changes, keys.result(ended.ref)}
+    assert left == {ALL.changes, *(keys.result(ref) for ref in [ended.ref, *open_refs])}
+    assert {await read_state(redis, keys, ref) for ref in open_refs} == {State.CANCELLED}
 
 
 async def test_unknown_application_cannot_be_deleted(registry: Registry) -> None:

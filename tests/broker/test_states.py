@@ -35,6 +35,7 @@ WAYS_FROM_RUNNING = {
     State.SUCCEEDED: Event.SUCCEED,
     State.FAILED: Event.FAIL,
     State.DEAD: Event.BURY,
+    State.CANCELLED: Event.DISCARD,
 }
 REFUSED = [(state, event) for state in STATES for event in Event if (state, event) not in TRANSITIONS]
 
@@ -134,6 +135,10 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
         case Event.RELEASE | Event.BURY:
             released = await run(redis, scripts.release(keys, lane, REPLICA, "killed", expired=False))
             return released.requeued, released.buried
+        case Event.DISCARD:
+            before = await redis.hlen(keys.open)
+            await run(redis, scripts.discard(keys, "0", 60, "deleted", running=True))
+            return before - await redis.hlen(keys.open)
         case Event.SUCCEED | Event.FAIL:
             outcome = (entry, ref.encode(), CALLER, "succeeded" if event == Event.SUCCEED else "failed", b"body")
             refused, _ = await run(redis, scripts.finish(keys, lane, 60, outcome))
@@ -149,7 +154,7 @@ def refusal(state: State | None, event: Event) -> Any:
             return Supplied.GONE
         case Event.REJECT:
             return [], 0
-        case Event.PROMOTE | Event.HAND_BACK:
+        case Event.PROMOTE | Event.HAND_BACK | Event.DISCARD:
             return 0
         case Event.CLAIM:
             return []

@@ -8,6 +8,7 @@ from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.scripts import Submitted, Supplied, Waiter
 from millstream.broker.states import State
+from millstream.errors import PayloadTooLargeError
 from tests.helpers import (
     BODY,
     CALLER,
@@ -168,7 +169,7 @@ async def test_request_with_more_refs_is_refused_and_writes_nothing(redis: Contr
     await deploy_config(redis, keys)
     before = await read_everything(redis)
 
-    with pytest.raises(ResponseError, match="TOOMANYREFS"):
+    with pytest.raises(PayloadTooLargeError, match="3900 refs"):
         await run(redis, hold(keys, new_ref(), *(f"up.Up~{number:022d}" for number in range(3901))))
 
     assert await read_everything(redis) == before
