@@ -1,0 +1,233 @@
+"""docs/keyspace.md against the code that spells the keys, against a live system, and against its own test vectors."""
+
+import hashlib
+import inspect
+import json
+import pickle
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import millstream
+from millstream import serve
+from millstream.broker.codec import Codec
+from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.errors import ReplicaDiedError
+from millstream.handles.handle import SyncHandle
+from tests.docs import application, pages
+from tests.servers import Server
+
+LUA = pages.ROOT / "broker" / "lua"
+TYPES = {"hash": "hash", "stream": "stream", "string": "string", "sorted set": "zset"}
+PLACEHOLDERS = {
+    "<tag>": r"[\w-]+\.[\w-]+",
+    "<ref>": r"[\w-]{22}",
+    "<lane>": "|".join(LANES),
+    "<node>": r"[\w-]+",
+    "<replica>": "r-[0-9a-f]{6}",
+    "<client>": "[0-9a-f]{16}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One key or channel as the page describes it."""
+
+    name: str
+    type: str
+    has_ttl: bool
+    ends: str
+
+    def matches(self, key: str) -> bool:
+        parts = re.split("(<[a-z]+>)", self.name)
+        return bool(
+            re.fullmatch("".join(f"(?:{PLACEHOLDERS.get(p)})" if p[:1] == "<" else re.escape(p) for p in parts), key)
+        )
+
+
+def described_keys() -> list[Row]:
+    rows = pages.table(pages.KEYSPACE, "Keys of the installation") + pages.table(pages.KEYSPACE, "Keys of a deployment")
+    return [Row(pages.unquoted(r["Key"]), r["Type"], {"yes": True, "no": False}[r["TTL"]], r["Ends"]) for r in rows]
+
+
+def described_channels() -> list[Row]:
+    rows = pages.table(pages.KEYSPACE, "Channels")
+    return [Row(pages.unquoted(row["Channel"]), row["Kind"], False, "") for row in rows]
+
+
+# against broker/keys.py
+
+
+def spelled() -> dict[str, str]:
+    """Every key and channel of keys.py with placeholders for its arguments -> the first words of its docstring."""
+    found = {}
+    for keys in (Keys("ms"), DeploymentKeys("ms", "<tag>")):
+        for name, member in vars(type(keys)).items():
+            if isinstance(member, cached_property) and member.func.__doc__ and name != "owned":
+                found[getattr(keys, name)] = first_words(member.func)
+            elif inspect.isfunction(member) and not name.startswith("_") and name != "deployment":
+                argument = list(inspect.signature(member).parameters)[1]
+                placeholder = "<lane>" if name == "lane" else f"<{argument}>"
+                found[getattr(keys, name)(placeholder)] = first_words(member)
+    return found
+
+
+def first_words(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition(":")[0]
+
+
+def test_every_key_of_the_code_is_on_the_page_and_the_other_way_round() -> None:
+    described = {row.name for row in described_keys() + described_channels()}
+
+    assert described == set(spelled())
+
+
+def test_page_and_code_agree_on_types() -> None:
+    for row in described_keys():
+        words = spelled()[row.name]
+        assert words.startswith(row.type), f"{row.name} is a {row.type!r} on the page, a {words!r} in keys.py"
+        assert ("with TTL" in words) == row.has_ttl, row.name
+    for row in described_channels():
+        assert spelled()[row.name] == {"sharded": "sharded channel", "plain": "channel"}[row.type]
+
+
+# against a live system
+
+
+@contextmanager
+def activity(settings_url: str, gate: Path) -> Iterator[None]:
+    """An application at work: queued, running, parked, delayed, ended and dead requests at once."""
+    millstream.init(settings_url, secret_key="a secret for tests")
+    try:
+        serve.run(application.app)
+        running = handle_of("Gate").remote(str(gate))
+        waiting = [handle_of("Gate").options(block_until="queued").remote(str(gate)), handle_of("Echo").remote(running)]
+        handle_of("Echo").options(delay_s=3600).remote("later")
+        with pytest.raises(ReplicaDiedError):
+            handle_of("Crash").call()
+        assert handle_of("Echo").call("now") == "now"
+        millstream.put("kept")
+        yield
+        gate.touch()
+        assert [ref.result(timeout=10) for ref in waiting] == ["open", "open"]
+    finally:
+        gate.touch()
+        serve.shutdown()
+
+
+def handle_of(deployment: str) -> SyncHandle:
+    return serve.get_deployment_handle(deployment, sync=True)
+
+
+def find_keys(server: Server) -> dict[str, tuple[str, bool]]:
+    """Key -> type, has TTL."""
+    with server.connect_blocking() as client:
+        names = list(client.scan_iter(count=1000))
+        found: Any = {name.decode(): (client.type(name), client.pttl(name)) for name in names}
+    return {name: (kind.decode(), ttl_ms != -1) for name, (kind, ttl_ms) in found.items() if kind != b"none"}
+
+
+@pytest.mark.processes
+def test_page_describes_what_is_there(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    server, rows = start_server(), described_keys()
+    rule = [word for word in access_rule("a-password") if (server.name, word) != ("redis7", "+client|setinfo")]
+
+    with server.connect_blocking() as client:
+        client.execute_command("ACL", *rule)
+        with activity(f"redis://millstream:a-password@127.0.0.1:{server.port}", tmp_path / "gate"):
+            seen = look_until_complete(server, rows)
+            sharded, plain = client.pubsub_shardchannels(), client.pubsub_channels()
+        left = find_keys(server)
+        refused = client.execute_command("ACL", "LOG")
+
+    assert mistaken(rows, seen) == []
+    assert [row.name for row in rows if not any(row.matches(key) for key in seen)] == [], "described, and not there"
+    described = {row.type: row for row in described_channels()}
+    assert sharded and [name for name in sharded if not described["sharded"].matches(name.decode())] == []
+    assert plain and [name for name in plain if not described["plain"].matches(name.decode())] == []
+    permanent = [row for row in rows if row.has_ttl or row.ends == "never"]
+    assert [key for key in left if not any(row.matches(key) for row in permanent)] == [], "should have ended"
+    assert refused == [], "the rule on the page is not enough"
+
+
+def look_until_complete(server: Server, rows: list[Row]) -> dict[str, tuple[str, bool]]:
+    """What is there; looks again for a while where something is missing: replicas register when they are up."""
+    deadline = time.monotonic() + 10
+    while True:
+        seen = find_keys(server)
+        if all(any(row.matches(key) for key in seen) for row in rows) or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.05)
+
+
+def mistaken(rows: list[Row], seen: dict[str, tuple[str, bool]]) -> list[str]:
+    """What is there and is not as described."""
+    wrong = []
+    for key, (kind, has_ttl) in seen.items():
+        found = [row for row in rows if row.matches(key)]
+        if len(found) != 1:
+            wrong.append(f"{key} is described {len(found)} times")
+        elif (TYPES[found[0].type], found[0].has_ttl) != (kind, has_ttl):
+            wrong.append(f"{key} is a {kind} {'with' if has_ttl else 'without'} TTL, described otherwise")
+    return wrong
+
+
+# the access rule
+
+
+def access_rule(password: str = "<password>") -> list[str]:
+    (block,) = [block for block in pages.blocks(pages.KEYSPACE, "text") if block.text.startswith("ACL ")]
+    return block.text.replace("<password>", password).split()[1:]
+
+
+@pytest.mark.parametrize("path", sorted(LUA.glob("*.lua")), ids=lambda path: path.stem)
+def test_rule_allows_what_the_scripts_call(path: Path) -> None:
+    called = re.findall(r"redis\.p?call\(\s*'(\w+)'(?:\s*,\s*'([A-Z]+)')?", path.read_text())
+    grouped = {"XGROUP", "XINFO", "CLIENT"}
+    commands = {f"+{name}|{sub}".lower() if name in grouped else f"+{name}".lower() for name, sub in called}
+
+    assert commands - set(access_rule()) == set()
+
+
+# the wire format
+
+
+def signature(kind: str, method: str, ref: str, form: str, body: bytes) -> bytes:
+    """As the page says it, in other words than `broker/codec.py`."""
+    last = form.encode() + bytes([len(ref)]) + ref.encode() + body
+    signed = b"\0".join([b"ms", b"default.Review", method.encode(), last])
+    return hashlib.blake2b(signed, key=b"a secret", digest_size=16, person=b"ms " + kind.encode()).digest()
+
+
+def vectors() -> list[dict[str, str]]:
+    return [
+        {name: pages.unquoted(cell) for name, cell in row.items()}
+        for row in pages.table(pages.KEYSPACE, "Test vectors")
+    ]
+
+
+@pytest.mark.parametrize("vector", vectors(), ids=lambda v: f"{v['kind']}-{v['form']}-{v['body'][:8]}")
+def test_vector_is_what_the_code_and_the_description_make_of_it(vector: dict[str, str]) -> None:
+    kind, method, form, ref = vector["kind"], vector["method"], vector["form"], "0123456789abcdefghijkl"
+    is_json = form == "j"
+    body = vector["body"].encode() if is_json else bytes.fromhex(vector["body"].removesuffix(" (hex)"))
+    value = json.loads(body) if is_json else pickle.loads(body)
+    codec: Any = Codec(b"a secret", "ms", "default.Review")
+
+    envelope = b"\x01" + form.encode() + signature(kind, method, ref, form, body) + body
+
+    assert envelope.hex() == vector["envelope (hex)"]
+    assert codec.open(kind, ref.encode(), envelope, method.encode()) == value
+    sealed = (
+        codec.seal_json(kind, ref.encode(), value, method.encode())
+        if is_json
+        else codec.seal(kind, ref.encode(), body, method.encode())
+    )
+    assert sealed == envelope
