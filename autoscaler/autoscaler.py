@@ -15,7 +15,7 @@ from millstream.autoscaler.placement import place
 from millstream.autoscaler.policy import Memory, decide
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import scripts
-from millstream.broker.connection import DOWN, backoff, open_control, run
+from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.registry import DeploymentView, Registry
 from millstream.broker.sweeper import Sweeper
 from millstream.config import Settings
@@ -37,6 +37,7 @@ class Autoscaler:
         self._histories: dict[str, History] = {}
         self._memories: dict[str, Memory] = {}
         self._last_change = "0-0"
+        self._outage = Outage(log)
         self._stop = anyio.Event()
 
     def stop(self) -> None:
@@ -57,12 +58,13 @@ class Autoscaler:
         while True:
             try:
                 views = await self.step()
+                self._outage.ended()
                 await self._wait_for_something(views)
                 delays = backoff()
             except DOWN as e:
                 self._sweeper.connection_was_broken()
                 self._histories.clear()
-                log.warning("%s; targets stay as they are", e)
+                self._outage.began(e)
                 await anyio.sleep(next(delays))
 
     async def step(self) -> list[DeploymentView]:

@@ -49,8 +49,10 @@ def decide(
     if scaling is None:
         return Decision(config.num_replicas, f"num_replicas={config.num_replicas}", memory)
     if override:
-        scaling = replace(scaling, initial_replicas=None, **override)
-    memory = _remember_work(memory, reading)
+        bounds = {"min_replicas": scaling.min_replicas, "max_replicas": scaling.max_replicas, **override}
+        bounds["max_replicas"] = max(bounds.values())  # one set before a redeploy may contradict the other of now
+        scaling = replace(scaling, initial_replicas=None, **bounds)
+    memory = _remember_work(memory, reading, window)
     if target is None:
         first = scaling.initial_replicas if scaling.initial_replicas is not None else scaling.min_replicas
         return Decision(
@@ -62,8 +64,10 @@ def decide(
     return policy(scaling, config.max_ongoing_requests or 1, target, reading, rates, memory, window)
 
 
-def _remember_work(memory: Memory, reading: Reading) -> Memory:
-    if reading.waiting or reading.in_flight or memory.busy_at_s == -math.inf:
+def _remember_work(memory: Memory, reading: Reading, window: list[Reading]) -> Memory:
+    # Short requests come and go between two readings: only the count of arrivals shows them.
+    has_worked = len(window) > 1 and reading.backlog.arrivals > window[-2].backlog.arrivals
+    if reading.waiting or reading.in_flight or has_worked or memory.busy_at_s == -math.inf:
         return replace(memory, busy_at_s=reading.at_s)
     return memory
 

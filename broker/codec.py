@@ -3,8 +3,8 @@
     byte 0      version, 1
     byte 1      "p" pickle, or "j" JSON
     bytes 2-17  BLAKE2b of 16 bytes, keyed with the secret, personalised with the kind, over
-                namespace 0 tag 0 method 0 format length ref body
-                (0 is a zero byte, length that of the ref in one byte; method is empty but for requests)
+                namespace 0 tag 0 format length method length ref body
+                (0 is a zero byte, a length is one byte; method is empty but for requests)
     bytes 18-   body
 
 Whoever moves a body to another ref, method, deployment, namespace or kind breaks its signature. Nothing is unpickled
@@ -40,14 +40,14 @@ class Codec:
 
     def _sign(self, kind: Kind, method: bytes, ref: bytes, form: bytes, body: bytes) -> bytes:
         seed = self._seeds[kind].copy()
-        seed.update(b"%b\0%b%c%b" % (method, form, len(ref), ref))
+        seed.update(b"%b%c%b%c%b" % (form, len(method), method, len(ref), ref))
         seed.update(body)
         return seed.digest()
 
     def seal(self, kind: Kind, ref: bytes, body: bytes, method: bytes = b"") -> bytes:
         """The envelope of a pickled body."""
         seed = self._seeds[kind].copy()  # `_sign` written out: twice per request
-        seed.update(b"%b\0p%c%b" % (method, len(ref), ref))
+        seed.update(b"p%c%b%c%b" % (len(method), method, len(ref), ref))
         seed.update(body)
         return b"\x01p%b%b" % (seed.digest(), body)
 
@@ -58,10 +58,10 @@ class Codec:
 
     def open(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> Any:
         """Verify and decode. Raises SignatureError, and then has not looked at the body."""
-        if envelope[:2] == b"\x01p":  # `verify` written out: twice per request
+        if envelope[:2] == b"\x01p" and len(method) < 256 > len(ref):  # `verify` written out: twice per request
             body = envelope[HEADER_BYTES:]
             seed = self._seeds[kind].copy()
-            seed.update(b"%b\0p%c%b" % (method, len(ref), ref))
+            seed.update(b"p%c%b%c%b" % (len(method), method, len(ref), ref))
             seed.update(body)
             if seed.digest() == envelope[2:HEADER_BYTES]:
                 return pickling.load(body)
@@ -71,6 +71,8 @@ class Codec:
     def verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> tuple[bytes, bytes]:
         """(form, body) of an envelope that is what it claims to be. Raises SignatureError."""
         form, body = envelope[1:2], envelope[HEADER_BYTES:]
+        if len(method) > 255 or len(ref) > 255:
+            raise self._refusal(kind, ref, "names a method or ref longer than 255 bytes")
         if envelope[:1] != b"\x01" or form not in (b"p", b"j"):
             raise self._refusal(kind, ref, "is not an envelope of version 1")
         if self._sign(kind, method, ref, form, body) != envelope[2:HEADER_BYTES]:

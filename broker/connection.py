@@ -1,6 +1,8 @@
 """Connections for everything but the hot path, over redis-py: control plane, autoscaler, dashboard, CLI."""
 
+import logging
 import random
+import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -62,6 +64,24 @@ async def ping(client: Control, settings: Settings) -> None:
         raise BrokerUnavailableError(
             f"cannot reach the server at {redact(settings.url)}: {e}; is it running, and is the password right?"
         ) from e
+
+
+class Outage:
+    """Says once that the server is away, and once that it is back; retries in between are silent."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._since: float | None = None
+
+    def began(self, error: Exception) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            self._log.warning("%s; waiting for it", error)
+
+    def ended(self) -> None:
+        if self._since is not None:
+            self._log.warning("the server is back after %.1f s", time.monotonic() - self._since)
+            self._since = None
 
 
 def backoff(*, first_s: float = 0.02, most_s: float = 1.0, seed: Any = None) -> Iterator[float]:

@@ -147,7 +147,10 @@ def explain(reply: Exception) -> Exception:
             f"the server is out of memory and takes no more requests ({text}); "
             "wait for the backlog to shrink, or raise its maxmemory"
         )
-    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN")) or isinstance(reply, _CANNOT_NOW):
+    # UNBLOCKED: the server was demoted while we waited in it.
+    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")) or isinstance(
+        reply, _CANNOT_NOW
+    ):
         return BrokerUnavailableError(f"the server cannot take commands now ({text})")
     if "TOOMANYREFS" in text:
         return PayloadTooLargeError("a request can wait for 3900 refs at most; pass the others inside a list, as refs")

@@ -4,6 +4,7 @@ Values and user errors are signed envelopes; the reason of a dead letter is plai
 """
 
 import json
+import pickle
 from typing import Any
 
 from millstream.broker import remote_errors
@@ -40,7 +41,8 @@ def error_body(codec: Codec, ref: bytes, stored: bytes) -> bytes:
     """The error of an ended request as an unsigned body, to be signed for one that depends on it. Nothing is unpickled."""
     header, _, body = stored.partition(b"\n")
     if header[:6] == b"failed":
-        return codec.verify("error", ref, body)[1]
+        form, record = codec.verify("error", ref, body)
+        return record if form == b"p" else pickle.dumps(json.loads(record))
     if header[:4] == b"dead":
         return remote_errors.capture(died(codec.tag, ref, body))
     return remote_errors.capture(cancelled(codec.tag, ref, body))

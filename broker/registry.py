@@ -159,6 +159,8 @@ class Registry:
             }
             pipe.hset(keys.config, mapping=fields)
             pipe.hdel(keys.status, "state", "message", "traceback", "failed_version")
+            if await self.client.hget(keys.status, "target") == b"0":
+                pipe.hdel(keys.status, "target")  # decided anew: this version may want replicas from the start
             await pipe.execute()
 
     async def delete(self, app: str) -> bool:

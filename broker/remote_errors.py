@@ -5,6 +5,8 @@ cannot travel, be imported or be combined, as a plain `TaskError` that names it.
 """
 
 import contextlib
+import itertools
+import os
 import pickle
 import traceback
 from functools import lru_cache
@@ -13,6 +15,11 @@ from typing import Any
 
 from millstream.broker import pickling
 from millstream.errors import MillstreamError, TaskError
+
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_MACHINERY = tuple(
+    f"{os.sep}{name}{os.sep}" for name in ("asyncio", "importlib", "uvloop", os.path.join("concurrent", "futures"))
+)
 
 
 def capture(error: BaseException, *, where: str = "") -> bytes:
@@ -38,7 +45,7 @@ def describe(error: BaseException, *, where: str = "") -> dict[str, Any]:
     return {
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
         "text": _text_of(error),
-        "traceback": _user_traceback(error),
+        "traceback": user_traceback(error),
         "where": where,
     }
 
@@ -88,8 +95,8 @@ def _text_of(error: BaseException) -> str:
         return f"<str() of it raised {type(e).__name__}>"
 
 
-def _user_traceback(error: BaseException) -> str:
-    """The traceback from the first frame outside this project on: what the user wrote, chained causes included."""
+def user_traceback(error: BaseException) -> str:
+    """The traceback from the first frame of the user's on, chained causes included."""
     try:
         formatted = traceback.TracebackException.from_exception(error)
         return "".join(_without_our_frames(formatted).format())
@@ -102,12 +109,15 @@ def _without_our_frames(formatted: traceback.TracebackException) -> traceback.Tr
     while seen:
         one = seen.pop()
         if one is not None:
-            frames = [
-                frame for frame in one.stack if "/replicas/" not in frame.filename or "millstream" not in frame.filename
-            ]
-            one.stack = traceback.StackSummary.from_list(frames)
+            users = itertools.dropwhile(lambda frame: _is_machinery(frame.filename), one.stack)
+            one.stack = traceback.StackSummary.from_list(list(users)) or one.stack
             seen += [one.__cause__, one.__context__]
     return formatted
+
+
+def _is_machinery(filename: str) -> bool:
+    """Is this what led to the user's code: ours, the event loop, the import system?"""
+    return filename.startswith((_OURS, "<frozen")) or any(part in filename for part in _MACHINERY)
 
 
 class _RemoteError(TaskError):
@@ -130,10 +140,16 @@ _RemoteError.__name__ = _RemoteError.__qualname__ = "TaskError"
 _RemoteError.__module__ = "millstream.errors"
 
 
+_ENDS_AN_ITERATION = (StopIteration, StopAsyncIteration)
+
+
 @lru_cache(maxsize=256)
 def _both(cls: type[BaseException]) -> type[_RemoteError]:
-    """TaskError and `cls` in one class; TaskError alone where Python cannot combine them."""
-    if issubclass(TaskError, cls):
+    """TaskError and `cls` in one class; TaskError alone where Python cannot combine them, or ours to raise them.
+
+    A SystemExit would end the caller's process, a CancelledError its task, a StopIteration its generator.
+    """
+    if issubclass(TaskError, cls) or not issubclass(cls, Exception) or issubclass(cls, _ENDS_AN_ITERATION):
         return _RemoteError
     try:
         name = f"TaskError({cls.__qualname__})"

@@ -1,7 +1,7 @@
 """The sweeper everybody runs: due delays, parked requests to repair, replicas whose lease expired. Bounded, idempotent.
 
-Nothing is taken over by lease until this sweeper has seen that lease stay away for a full lease on an unbroken
-connection: an outage of the server must not look like the death of everyone.
+Nothing is taken over by lease until this sweeper's own connection has been unbroken for a full lease: an outage of the
+server must not look like the death of everyone.
 """
 
 import json
@@ -22,7 +22,7 @@ log = logging.getLogger("millstream.sweeper")
 
 
 class Sweeper:
-    """One pass over one deployment at a time; remembers since when it has missed which lease."""
+    """One pass over one deployment at a time; remembers since when its connection has been unbroken."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class Sweeper:
         self._lease_s, self._clock = lease_s, clock
         self._keys = Keys(settings.namespace)
         self._supplier = Supplier(settings, run)
-        self._missed_since: dict[tuple[str, str], float] = {}
+        self._unbroken_since: float | None = None
 
     def connection_was_broken(self) -> None:
-        """Start all observations over: while we could not look, leases may have come and gone."""
-        self._missed_since.clear()
+        """Take nothing over by lease for a full lease: while we could not look, the living could not renew either."""
+        self._unbroken_since = None
 
     async def step(self, tag: str) -> None:
         """One pass. Raises what redis-py raises; the caller then calls `connection_was_broken`."""
@@ -50,16 +50,14 @@ class Sweeper:
         for ref, missing in swept.stuck:
             for ref_id in missing:
                 await self._supplier.watch(f"{tag}~{ref.decode()}", ref_id)
-        for replica in self._expired(tag, swept.without_lease):
+        for replica in swept.without_lease if self._has_watched_for_a_lease() else ():
             log.warning("replica %s of %s has no lease any more: its requests go to others", replica, tag)
             await bury(self._run, self._ask, self._supplier, keys, replica, "its lease expired", expired=True)
 
-    def _expired(self, tag: str, without_lease: list[str]) -> list[str]:
-        now = self._clock()
-        for known in [pair for pair in self._missed_since if pair[0] == tag and pair[1] not in without_lease]:
-            del self._missed_since[known]
-        since = {replica: self._missed_since.setdefault((tag, replica), now) for replica in without_lease}
-        return [replica for replica, first in since.items() if now - first >= self._lease_s]
+    def _has_watched_for_a_lease(self) -> bool:
+        if self._unbroken_since is None:
+            self._unbroken_since = self._clock()
+        return self._clock() - self._unbroken_since >= self._lease_s
 
 
 async def bury(

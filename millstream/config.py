@@ -91,7 +91,8 @@ def find_settings(
             raise BrokerUnavailableError(
                 "no server to talk to: pass url=, set MILLSTREAM_URL, or start one here with `millstream run module:app`"
             )
-        url, secret = advert["url"], secret or advert["secret_key"]
+        # Not the environment's secret: that belongs to the environment's URL, and the folder's data bears the folder's.
+        url, secret = advert["url"], secret_key or advert["secret_key"]
     found = Settings(url, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms", parse_secret(secret))
     if strict is None:
         strict = os.environ.get("MILLSTREAM_STRICT", "") not in ("", "0")
@@ -144,6 +145,8 @@ class AutoscalingConfig:
         _at_least(self, "max_replicas", 1)
         if self.max_replicas < self.min_replicas:
             raise ConfigError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
+        if self.initial_replicas is not None:
+            _at_least(self, "initial_replicas", 0)
         initial = self.initial_replicas
         if initial is not None and not self.min_replicas <= initial <= self.max_replicas:
             raise ConfigError(
@@ -190,6 +193,10 @@ class DeploymentConfig:
         _at_least(self, "result_ttl_s", 1)
         _above(self, "health_check_timeout_s", 0)
         _at_least(self, "graceful_shutdown_timeout_s", 0)
+        try:
+            json.dumps(self.user_config)
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"user_config must be JSON-able: {e}") from None
         if self.start_method not in (None, "fork", "spawn"):
             raise ConfigError(f"start_method={self.start_method!r} is unknown; use 'fork', 'spawn' or None")
 
@@ -216,6 +223,8 @@ IGNORED_OPTIONS = frozenset(
 
 def _translate(options: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    if values.get("num_replicas", 1) is None:
+        del values["num_replicas"]  # Ray's way to say "not a fixed number"
     if "max_concurrent_queries" in values:
         values["max_ongoing_requests"] = values.pop("max_concurrent_queries")
     scaling = values.pop("autoscaling_config", None)

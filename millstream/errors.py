@@ -56,6 +56,8 @@ class TaskError(MillstreamError):
 class GetTimeoutError(MillstreamError, TimeoutError):
     """`get`, `wait` or `result` ran out of time. The request goes on; ask again with the same ref."""
 
+    ref_id: str = ""
+
 
 class RequestTimeoutError(MillstreamError, TimeoutError):
     """The request's own deadline passed before it had a result."""
@@ -85,6 +87,9 @@ class RefNotFoundError(MillstreamError):
 class DeploymentNotFoundError(MillstreamError):
     """Nothing is deployed under that name."""
 
+    app: str = ""
+    deployment: str = ""
+
 
 class DeployFailedError(MillstreamError):
     """The deployment cannot start. `deployment` names it, `remote_traceback` holds its constructor's traceback."""
@@ -101,6 +106,8 @@ class SerializationError(MillstreamError):
 
 class SignatureError(MillstreamError):
     """Bytes read from Redis do not bear this installation's signature, and were not unpickled."""
+
+    ref_id: str = ""
 
 
 class PayloadTooLargeError(MillstreamError):

@@ -1,11 +1,13 @@
-"""Runs an embedded server and ends it when its owner is gone: `python -m millstream.guard BINARY FOLDER [--temporary]`.
+"""Runs an embedded server and ends it when its owner is gone.
+
+    python -m millstream.guard BINARY FOLDER LOCK [--temporary]
 
 The owner holds the other end of our stdin. At its end (closed, exited, killed) we let the launcher and the replicas
-finish, then stop the server in order. Only the standard library: this process should be small and up at once.
+finish, then stop the server in order. LOCK is the open, locked file of the folder: we and the server hold it to our ends.
+Only the standard library: this process should be small and up at once.
 """
 
 import ctypes
-import fcntl
 import os
 import re
 import shutil
@@ -21,29 +23,30 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    binary, folder = sys.argv[1], Path(sys.argv[2])
-    lock = open(folder / "lock", "w")  # noqa: SIM115 - held for our whole life
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(f"millstream: another server runs in {folder}")
+    binary, folder, lock = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     server = subprocess.Popen(
-        [binary, str(folder / "server.conf")], stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        [binary, str(folder / "server.conf")],
+        stdin=subprocess.DEVNULL,
+        preexec_fn=_end_with_parent,  # noqa: PLW1509 - this process has no threads
+        pass_fds=[lock],
     )
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    told_to_end: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told_to_end.append(number))
     try:
-        _wait_for_the_end(server, folder)
+        _wait_for_the_end(server, folder, told_to_end)
     finally:
-        (folder / "server.json").unlink(missing_ok=True)
+        _take_back_the_advert(folder)
         if "--temporary" in sys.argv:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_the_end(server: "subprocess.Popen[bytes]", folder: Path) -> None:
+def _wait_for_the_end(server: "subprocess.Popen[bytes]", folder: Path, told_to_end: list[int]) -> None:
     while server.poll() is None:
-        if not _owner_lives(timeout_s=0.5):
+        # SIGTERM is no shorter way out: systemd sends it to all of a service at once, replicas included.
+        if told_to_end or not _owner_lives(timeout_s=0.2):
+            _take_back_the_advert(folder)  # first: nobody should join a server that is about to end
             _wait_for_the_last_client(folder)
             server.terminate()
             try:
@@ -52,6 +55,10 @@ def _wait_for_the_end(server: "subprocess.Popen[bytes]", folder: Path) -> None:
                 server.kill()
                 server.wait()
             return
+
+
+def _take_back_the_advert(folder: Path) -> None:
+    (folder / "server.json").unlink(missing_ok=True)
 
 
 def _owner_lives(timeout_s: float) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from millstream import embedded
 from millstream.broker.connection import open_control
 from millstream.broker.registry import Registry, connect_registry
-from millstream.config import Settings, find_settings
-from millstream.errors import BrokerUnavailableError
+from millstream.config import Settings, find_settings, state_folder
 from millstream.handles import engines
 from millstream.tree import Tree
 
@@ -28,9 +28,13 @@ def init(
 ) -> Settings:
     """Choose the server of this process: `url`, MILLSTREAM_URL, or the embedded one that runs in this directory.
 
+    Without arguments it keeps what is in use (after `serve.run`, say).
+
     Checks that it answers and that the secret is the right one. Raises BrokerUnavailableError, SignatureError, or
     ConfigError (also when `strict` and no secret is set). Calling it again with the same values changes nothing.
     """
+    if engines.is_initialized() and all(given is None for given in (url, namespace, secret_key, strict)):
+        return engines.settings()
     settings = find_settings(url, namespace=namespace, secret_key=secret_key, strict=strict)
     _use(settings)
     return settings
@@ -39,6 +43,11 @@ def init(
 def is_initialized() -> bool:
     """Has this process chosen its server?"""
     return engines.is_initialized()
+
+
+def owns_processes() -> bool:
+    """Has this process started any of what it needs?"""
+    return _tree is not None
 
 
 def shutdown() -> None:
@@ -52,16 +61,17 @@ def shutdown() -> None:
 
 
 def _use(settings: Settings) -> None:
-    _warn_about_public_key(settings)
     engines.use(settings)
     with_registry(_nothing)
+    warn_about_public_key(settings)
 
 
 async def _nothing(_: Registry) -> None:
     """`with_registry` itself checks that the server answers and that the secret is right."""
 
 
-def _warn_about_public_key(settings: Settings) -> None:
+def warn_about_public_key(settings: Settings) -> None:
+    """Say, once at the start of a process that serves, what it means that no secret is set."""
     if settings.is_public and not os.environ.get("MILLSTREAM_QUIET"):
         import sys
 
@@ -86,30 +96,44 @@ def with_registry(work: Callable[[Registry], Awaitable[T]]) -> T:
     return engines.background().run(go())
 
 
-def ensure_running(state: Path | None = None, *, dashboard: int | None = None) -> Tree | None:
+def ensure_running(
+    state: Path | None = None, *, namespace: str | None = None, dashboard: int | None = None
+) -> Tree | None:
     """Start what is missing: a server (durable in `state`, else temporary), a launcher, an autoscaler, a dashboard.
 
-    What is started belongs to this process and ends with it. Returns the tree if there is one.
+    What is started belongs to this process and ends with it; `dashboard` is its port. Returns the tree if there is one.
+    Twice is as once.
     """
     with _lock:
         if not engines.is_initialized():
-            _use(_found() or _own_tree().start_server(state))
-        missing = with_registry(_missing)
-        for name in missing:
+            _use(_found(state, namespace) or _start_server(state, namespace))
+        for name in _missing():
             _own_tree().start(name, [name], engines.settings())
         if dashboard is not None:
             _own_tree().start("dashboard", ["dashboard", "--port", str(dashboard)], engines.settings())
         return _tree
 
 
-def _found() -> Settings | None:
-    try:
-        return find_settings()
-    except BrokerUnavailableError:
-        return None
+def _found(state: Path | None, namespace: str | None) -> Settings | None:
+    """The server that the environment names, else the one that runs in the state folder. An advert alone does not count."""
+    if os.environ.get("MILLSTREAM_URL") or embedded.is_running(state_folder(state)):
+        return find_settings(namespace=namespace, state=state)
+    return None
 
 
-async def _missing(registry: Registry) -> list[str]:
+def _start_server(state: Path | None, namespace: str | None) -> Settings:
+    return _own_tree().start_server(state, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms")
+
+
+def _missing() -> list[str]:
+    """What does not live. With a server just started that is everything: leases in its data are of the dead."""
+    missing = ["launcher", "autoscaler"]
+    if _tree is None or not _tree.has_server:
+        missing = with_registry(_without_lease)
+    return [name for name in missing if _tree is None or not _tree.has(name)]
+
+
+async def _without_lease(registry: Registry) -> list[str]:
     missing = []
     if not await registry.nodes():
         missing.append("launcher")

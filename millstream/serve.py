@@ -61,12 +61,21 @@ def run(
     """
     nodes = compile_graph(target, _checked(name))
     ensure_running()
-    settings = engines.settings()
-    new = [_new_deployment(settings, name, node) for node in nodes]
-    with_registry(lambda registry: deploy(registry, name, new, timeout_s))
+    _deploy_nodes(nodes, name, timeout_s)
     if blocking:
         _wait_for_interrupt()
     return SyncHandle(nodes[0].name, name)
+
+
+def deploy_only(target: Application, *, name: str = "default", timeout_s: float | None = None) -> None:
+    """As `run`, onto the server and the launchers that run already: starts no process."""
+    _deploy_nodes(compile_graph(target, _checked(name)), name, timeout_s)
+
+
+def _deploy_nodes(nodes: list[Node], app: str, timeout_s: float | None) -> None:
+    settings = engines.settings()
+    new = [_new_deployment(settings, app, node) for node in nodes]
+    with_registry(lambda registry: deploy(registry, app, new, timeout_s))
 
 
 def _checked(name: str) -> str:

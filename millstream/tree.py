@@ -17,7 +17,9 @@ from pathlib import Path
 from millstream import embedded
 from millstream.config import Settings
 
-RESTART_AFTER_S = 0.5
+LOOK_EVERY_S = 0.25
+RESTART_AFTER_S = 0.5  # doubled each time for a child that dies again and again
+RESTART_MOST_S = 10.0
 log = logging.getLogger("millstream")
 
 
@@ -69,11 +71,17 @@ class Tree:
         self._children[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
     def _watch(self) -> None:
-        while not self._closing.wait(RESTART_AFTER_S):
+        delays: dict[str, float] = {}
+        not_before: dict[str, float] = {}
+        while not self._closing.wait(LOOK_EVERY_S):
             for name, child in list(self._children.items()):
-                if child.poll() is not None and not self._closing.is_set():
-                    log.warning("the %s ended (exit code %s) and is started again", name, child.returncode)
-                    self._spawn(name)
+                if child.poll() is None or self._closing.is_set() or time.monotonic() < not_before.get(name, 0.0):
+                    continue
+                log.warning("the %s ended (exit code %s) and is started again", name, child.returncode)
+                self._spawn(name)
+                has_lasted = time.monotonic() > not_before.get(name, 0.0) + 10 * RESTART_MOST_S
+                delays[name] = RESTART_AFTER_S if has_lasted else min(RESTART_MOST_S, 2 * delays[name])
+                not_before[name] = time.monotonic() + delays[name]
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End the children: first what decides and shows, then what runs replicas, the server last. Twice is as once."""

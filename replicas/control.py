@@ -2,6 +2,7 @@
 
 import array
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -60,13 +61,18 @@ class PlainControl:
         return self._socket.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        """A peer that is gone is not told; `receive` will say that it is gone."""
+        with contextlib.suppress(ConnectionError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
         """The next message with the files that came along; None when the peer is gone."""
         while b"\n" not in self._buffer:
             size = array.array("i").itemsize
-            data, ancillary, _, _ = self._socket.recvmsg(65536, socket.CMSG_SPACE(8 * size))
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(65536, socket.CMSG_SPACE(8 * size))
+            except ConnectionError:  # the launcher went without reading our last words
+                return None
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     files = array.array("i")

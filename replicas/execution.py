@@ -108,11 +108,7 @@ class Executor:
     def _run_later(self, attempt: Attempt, method: Method, args: Any, kwargs: Any) -> None:
         future: asyncio.Future[Any]
         if method.is_async:
-            try:
-                future = self._loop.create_task(method.function(*args, **kwargs))
-            except Exception as e:
-                self._failed(attempt, e)
-                return
+            future = self._loop.create_task(_await(method.function, args, kwargs))
         else:
             context = contextvars.copy_context()
             job = self._threads.submit(context.run, _call, method.function, args, kwargs)
@@ -166,9 +162,16 @@ class Executor:
 
 
 class _Raised(NamedTuple):
-    """What a sync method raised; a StopIteration could not travel through a future."""
+    """What a method raised: a StopIteration cannot travel through a future, and a SystemExit in a task ends the loop."""
 
     error: BaseException
+
+
+async def _await(function: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return await function(*args, **kwargs)
+    except (SystemExit, KeyboardInterrupt) as e:
+        return _Raised(e)
 
 
 def _call(function: Any, args: Any, kwargs: Any) -> Any:

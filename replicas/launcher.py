@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from millstream.broker import scripts
-from millstream.broker.connection import DOWN, backoff, open_control, run
+from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
 from millstream.broker.registry import NodeRecord, Registry, ReplicaRecord
 from millstream.broker.supplying import Supplier
@@ -59,9 +59,11 @@ class Launcher:
         self._not_before: dict[str, float] = {}  # tag -> when the next start may be, after quick deaths
         self._quick_deaths: dict[str, int] = {}
         self._told: set[tuple[str, str]] = set()  # applications whose user has heard that they cannot be forked
+        self._outage = Outage(log)
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._is_stopping = False
+        self._record = ""  # of this node, as it is stored
 
     async def run(self) -> None:
         """Work until stopped. Outages of the server are waited out."""
@@ -86,17 +88,19 @@ class Launcher:
 
     # loops
 
-    async def _guarded(self, loop: Any) -> None:
-        """Run a loop; outages are logged once and waited out, and make the sweeper start its observations over."""
+    async def _guarded(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Run a loop; an outage is waited out, blamed on no replica, and makes the sweeper start its watch over."""
         delays = backoff()
         while not self._is_stopping:
             try:
                 await loop()
                 return
             except DOWN as e:
+                self._outage.began(e)
                 self._sweeper.connection_was_broken()
-                log.warning("%s; trying again", e)
                 await anyio.sleep(next(delays))
+                for process in self._replicas.values():
+                    process.well_at = time.monotonic()
 
     async def _reconcile_loop(self) -> None:
         await self._register()
@@ -109,6 +113,7 @@ class Launcher:
     async def _renew_loop(self) -> None:
         while True:
             await self._renew()
+            self._outage.ended()
             await anyio.sleep(self._lease_s / 3)
 
     async def _sweep_loop(self) -> None:
@@ -200,7 +205,7 @@ class Launcher:
         if record is None or record.version != version:
             return  # replaced meanwhile; the plan will say so
         config = await self._config(tag)
-        parent = await self._warm_parent(app, version, record.tags, spawn=config.start_method == "spawn")
+        parent = await self._warm_parent(app, version, record.tags, config.start_method)
         replica = f"r-{secrets.token_hex(3)}"
         keys = self._registry.keys_of(tag)
         out_read, out_write = os.pipe()
@@ -224,14 +229,16 @@ class Launcher:
         self._start_task(process.listen(self._heard))
         process.watch(self._died)
 
-    async def _warm_parent(self, app: str, version: str, tags: list[str], *, spawn: bool) -> WarmParent:
+    async def _warm_parent(self, app: str, version: str, tags: list[str], method: str | None) -> WarmParent:
         """The application's parent, started if need be; one of its own for a replica that may not be forked."""
         key = (app, version)
-        if not spawn:
+        if method != "spawn":
             parent = self._parents.get(key)
             if parent is None or not parent.is_alive:
                 parent = self._parents[key] = self._blank_parent()
-                parent.warming = asyncio.ensure_future(parent.warm(app, tags, spawn=False))
+                parent.warming = asyncio.ensure_future(
+                    parent.warm(app, tags, spawn=False, fork_anyway=method == "fork")
+                )
             try:
                 assert parent.warming is not None
                 await asyncio.shield(parent.warming)
@@ -284,15 +291,9 @@ class Launcher:
                 break
             except DOWN:
                 await anyio.sleep(next(delays))
-        if requeued or not process.is_draining:
-            log.warning(
-                "replica %s of %s (pid %d): %s; %d requests go to others",
-                process.replica,
-                process.tag,
-                process.pid,
-                how,
-                requeued,
-            )
+        if requeued or (process.is_ready and not process.is_draining):
+            also = f"; {requeued} requests go to others" if requeued else ""
+            log.warning("replica %s of %s (pid %d) %s%s", process.replica, process.tag, process.pid, how, also)
         if not process.is_draining:
             await self._count_death(process, how)
         self._nudge.set()
@@ -314,13 +315,16 @@ class Launcher:
     # the node itself
 
     async def _register(self) -> None:
-        await self._renew()
         record = NodeRecord(self.node, socket.gethostname(), os.getpid(), await self._registry.now_ms())
-        await self._client.hset(self._registry.keys.nodes, self.node, json.dumps(asdict(record)))
+        self._record = json.dumps(asdict(record))
+        await self._renew()
         await self._registry.announce(f"node {self.node} is up")
 
     async def _renew(self) -> None:
+        """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
         await self._run(scripts.renew([self._registry.keys.node_lease(self.node)], self._lease_s, self.node))
+        if self._record:
+            await self._client.hset(self._registry.keys.nodes, self.node, self._record)
         by_tag: dict[str, list[str]] = {}
         for process in self._replicas.values():
             by_tag.setdefault(process.tag, []).append(process.replica)

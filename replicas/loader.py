@@ -4,12 +4,13 @@ import dis
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import FunctionType
 from typing import Any
 
 from millstream.broker.definitions import Definition
 from millstream.config import DeploymentConfig
-from millstream.errors import MillstreamError
+from millstream.errors import ConfigError, MillstreamError
 
 ASYNC_ONGOING = 100  # default max_ongoing_requests of a deployment with an async method
 
@@ -58,7 +59,11 @@ class Served:
         if inspect.isroutine(self.instance):
             return ["__call__"]
         names = [n for n in dir(self.instance) if n == "__call__" or not n.startswith("__")]
-        return [n for n in names if callable(getattr(self.instance, n, None))]
+        return [n for n in names if not self._is_property(n) and callable(getattr(self.instance, n, None))]
+
+    def _is_property(self, name: str) -> bool:
+        """To look at one would run the user's code."""
+        return isinstance(inspect.getattr_static(self.instance, name, None), property | cached_property)
 
     @property
     def has_async_methods(self) -> bool:
@@ -87,13 +92,20 @@ def _is_prompt(function: Any) -> bool:
     return not any(i.opname in _SUSPENDING for i in dis.get_instructions(function))
 
 
-async def build(definition: Definition, name: str) -> Served:
-    """Construct the user's object. Raises whatever its constructor does."""
+async def build(definition: Definition, name: str, user_config: Any = None) -> Served:
+    """Construct the user's object, and hand it its user_config. Raises whatever the user's code does."""
     target = definition.target
     if not inspect.isclass(target):
         return Served(target, name)
-    if not inspect.iscoroutinefunction(target.__init__):
-        return Served(target(*definition.args, **definition.kwargs), name)
-    instance = target.__new__(target)  # `async def __init__`: Ray Serve's way to await while loading
-    await target.__init__(instance, *definition.args, **definition.kwargs)
+    if inspect.iscoroutinefunction(target.__init__):  # Ray Serve's way to await while loading
+        instance = target.__new__(target)
+        await target.__init__(instance, *definition.args, **definition.kwargs)
+    else:
+        instance = target(*definition.args, **definition.kwargs)
+    if user_config is not None:
+        if not hasattr(instance, "reconfigure"):
+            raise ConfigError(f"user_config is set, but {target.__name__} has no method reconfigure(user_config)")
+        configured = instance.reconfigure(user_config)
+        if inspect.isawaitable(configured):
+            await configured
     return Served(instance, name)

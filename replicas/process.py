@@ -49,9 +49,9 @@ class WarmParent:
     def is_alive(self) -> bool:
         return self._process.poll() is None and not self.is_closed
 
-    async def warm(self, app: str, tags: list[str], *, spawn: bool) -> None:
-        """Import an application. Raises WarmFailed, or CannotFork (then the process is gone)."""
-        await self._control.send({"app": app, "tags": tags, "spawn": spawn})
+    async def warm(self, app: str, tags: list[str], *, spawn: bool, fork_anyway: bool = False) -> None:
+        """Import an application. `spawn`: to become one replica; `fork_anyway`: its threads do not matter. Raises WarmFailed, or CannotFork (then the process is gone)."""
+        await self._control.send({"app": app, "tags": tags, "spawn": spawn, "fork_anyway": fork_anyway})
         await self._is_warm
 
     async def fork(self, order: Message, files: list[int]) -> int:

@@ -11,18 +11,18 @@ import os
 import random
 import signal
 import time
-import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from millstream.broker import scripts
 from millstream.broker.codec import codec_for
-from millstream.broker.connection import backoff
+from millstream.broker.connection import Outage, backoff
 from millstream.broker.definitions import Definition
 from millstream.broker.keys import Keys
 from millstream.broker.link import Link, dial
 from millstream.broker.registry import ReplicaRecord
+from millstream.broker.remote_errors import user_traceback
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
@@ -78,11 +78,10 @@ class Replica:
     async def _construct(self) -> Served | None:
         """Build the user's object; what its constructor raises goes to the launcher, which decides what follows."""
         try:
-            return await build(self._definition, self._birth.tag)
+            return await build(self._definition, self._birth.tag, self._birth.config.user_config)
         except BaseException as e:
-            text = traceback.format_exc()
-            log.error("the constructor of %s raised:\n%s", self._birth.tag, text)
-            await self._control.send({"failed": f"its constructor raised {type(e).__name__}: {e}", "traceback": text})
+            message = f"its constructor raised {type(e).__name__}: {e}"
+            await self._control.send({"failed": message, "traceback": user_traceback(e)})
             return None
 
     async def _serve(self, served: Served) -> int:
@@ -113,17 +112,18 @@ class Replica:
 
     async def _stay_connected(self, intake: Intake, finisher: Finisher) -> None:
         """Connect, claim until the connection is lost, and again: until draining."""
-        delays = backoff()
+        delays, outage = backoff(), Outage(log)
         while not intake.is_draining:
             try:
                 reads = self._reads = await dial(self._settings, f"ms:reads:{self._birth.replica}")
                 writes = self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
                 await self._come_up(reads, writes, intake, finisher)
                 delays = backoff()
+                outage.ended()
                 await intake.run(reads, writes)
                 return
             except BrokerUnavailableError as e:
-                log.warning("%s; trying again", e)
+                outage.began(e)
                 await asyncio.sleep(next(delays))
             finally:
                 if not intake.is_draining:
@@ -205,7 +205,7 @@ class Replica:
                 log.warning(
                     "replica %s could not finish in time (%s): %d requests run elsewhere",
                     self._birth.replica,
-                    e or "deadline",
+                    str(e) or "deadline",
                     left,
                 )
             return  # whoever buries us releases them

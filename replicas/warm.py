@@ -23,6 +23,7 @@ from millstream.broker.codec import codec_for
 from millstream.broker.connection import open_control
 from millstream.broker.definitions import Definition, open_definition
 from millstream.broker.registry import Registry
+from millstream.broker.remote_errors import user_traceback
 from millstream.config import DeploymentConfig, Settings, find_settings
 from millstream.replicas.control import Control, PlainControl
 from millstream.replicas.replica import Birth, Replica
@@ -45,15 +46,15 @@ def main() -> None:
     try:
         definitions = asyncio.run(_fetch(settings, order["tags"]))
     except BaseException as e:
-        text = traceback.format_exc()
-        control.send({"failed": f"importing the application raised {type(e).__name__}: {e}", "traceback": text})
+        message = f"importing the application raised {type(e).__name__}: {e}"
+        control.send({"failed": message, "traceback": user_traceback(e)})
         return
     _title(f"millstream: warm {order['app']}")
     gc.collect()
     gc.freeze()  # what is loaded stays shared with the children
     if order["spawn"]:
         _become_a_replica(control, settings, definitions)
-    elif why := _why_not_fork():
+    elif (why := _why_not_fork()) and not order["fork_anyway"]:
         control.send({"cannot_fork": why})
     else:
         control.send({"warm": os.getpid()})

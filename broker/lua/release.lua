@@ -53,6 +53,7 @@ for _, row in ipairs(pending) do
     local request = take(entry)
     next_attempt(request)
     if not request.ref or request.attempt > max_attempts then -- without a ref it is no request: kept to be looked at
+      request.attempt = cause.attempt
       add(KEYS[7], request, 'MAXLEN', '~', 10000, '*')
       if request.ref then
         conclude(request.ref, request.reply or '', 'dead ' .. lane_name .. ' ' .. entry, request.history)

@@ -153,11 +153,25 @@ def test_verify_hands_out_form_and_body_without_decoding(codec: Codec) -> None:
     assert len(envelope) == HEADER_BYTES + len(b"not a pickle")
 
 
+def test_a_body_cannot_be_cut_anew_between_method_ref_and_body(codec: Codec) -> None:
+    """What is signed is a string of parts: no other cut of the same bytes may verify."""
+    inner = b"p" + bytes([1]) + b"m" + bytes([len(REF)]) + REF + b"a foreign pickle"
+    envelope = codec.seal("request", REF, b"args" + inner, b"m")
+
+    moved = envelope[:HEADER_BYTES] + b"a foreign pickle"
+    method = b"m" + bytes([len(REF)]) + REF + b"args" + inner[:2]
+
+    with pytest.raises(SignatureError):
+        codec.open("request", REF, moved, method)
+    with pytest.raises(SignatureError, match="longer than 255"):
+        codec.open("request", REF, moved, b"m" * 256)
+
+
 def test_signature_is_the_one_in_the_documentation(codec: Codec) -> None:
-    """A test vector for callers in other languages: keyed BLAKE2b over namespace 0 tag 0 method 0 form length ref body."""
+    """A test vector for callers in other languages: keyed BLAKE2b over namespace 0 tag 0 form length method length ref body."""
     envelope = codec.seal_json("request", b"0123456789abcdefghijkl", [[1, "two"], {}], b"embed")
 
-    assert envelope.hex() == "016a24579a69d0eb7cc929096aa43920fdb75b5b312c202274776f225d2c207b7d5d"
+    assert envelope.hex() == "016a162bae040b771b8b0b430b74d96b47045b5b312c202274776f225d2c207b7d5d"
 
 
 def test_codec_of_a_deployment_is_made_once() -> None:

@@ -77,16 +77,28 @@ async def test_nothing_is_taken_over_before_a_full_lease_of_watching(
 
 
 @pytest.mark.fake
-async def test_lease_that_was_renewed_meanwhile_starts_the_watch_over(
+async def test_after_a_lease_of_watching_an_expired_lease_is_acted_on_at_once(
     redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
 ) -> None:
     await deploy_config(redis, keys)
-    (one,) = await seed_running(redis, keys)
     await sweeper.step(keys.tag)
-    await run(redis, renew([keys.lease(REPLICA)], LEASE_S, "launcher"))
     clock.now_s += LEASE_S
+    (one,) = await seed_running(redis, keys)
+
     await sweeper.step(keys.tag)
-    await redis.pexpire(keys.lease(REPLICA), 0)
+
+    assert await read_state(redis, keys, one.ref) == State.QUEUED
+
+
+@pytest.mark.fake
+async def test_a_replica_with_a_lease_keeps_its_requests(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
+) -> None:
+    await deploy_config(redis, keys)
+    await sweeper.step(keys.tag)
+    clock.now_s += LEASE_S
+    (one,) = await seed_running(redis, keys)
+    await run(redis, renew([keys.lease(REPLICA)], LEASE_S, "launcher"))
 
     await sweeper.step(keys.tag)
 
@@ -106,25 +118,6 @@ async def test_break_of_our_own_connection_starts_the_watch_over(
     await sweeper.step(keys.tag)
 
     assert await read_state(redis, keys, one.ref) == State.RUNNING
-
-
-@pytest.mark.fake
-async def test_deployments_are_watched_apart(
-    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
-) -> None:
-    other = DeploymentKeys("ms", "app.Other")
-    await deploy_config(redis, keys)
-    await deploy_config(redis, other)
-    (one,) = await seed_running(redis, keys)
-    (two,) = await seed_running(redis, other)
-    await sweeper.step(keys.tag)
-    clock.now_s += LEASE_S
-
-    await sweeper.step(other.tag)
-    await sweeper.step(keys.tag)
-
-    assert await read_state(redis, keys, one.ref) == State.QUEUED
-    assert await read_state(redis, other, two.ref) == State.RUNNING
 
 
 @pytest.mark.fake

@@ -201,8 +201,8 @@ def test_rule_allows_what_the_scripts_call(path: Path) -> None:
 
 def signature(kind: str, method: str, ref: str, form: str, body: bytes) -> bytes:
     """As the page says it, in other words than `broker/codec.py`."""
-    last = form.encode() + bytes([len(ref)]) + ref.encode() + body
-    signed = b"\0".join([b"ms", b"default.Review", method.encode(), last])
+    named = b"".join(bytes([len(name)]) + name.encode() for name in (method, ref))
+    signed = b"\0".join([b"ms", b"default.Review", form.encode() + named + body])
     return hashlib.blake2b(signed, key=b"a secret", digest_size=16, person=b"ms " + kind.encode()).digest()
 
 
