@@ -22,10 +22,11 @@ class Later(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The pickled arguments of one call, and the ids of the refs whose values it needs."""
+    """The pickled arguments of one call, the refs whose values it needs, and those of un-awaited tasks further down."""
 
     body: bytes
-    depends_on: list[str]
+    depends_on: list[ObjectRef]
+    mentions: list[ObjectRef]
 
 
 _WAITED_FOR = (ObjectRef, asyncio.Future)
@@ -33,7 +34,8 @@ _WAITED_FOR = (ObjectRef, asyncio.Future)
 
 def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Pickle the arguments of a call to `what`. Raises SerializationError, PayloadTooLargeError."""
-    depends_on: list[str] = []
+    depends_on: list[ObjectRef] = []
+    mentions: list[ObjectRef] = []
     for value in args:
         if isinstance(value, _WAITED_FOR):
             args = tuple(_later(value, depends_on) for value in args)
@@ -43,13 +45,20 @@ def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument
             if isinstance(value, _WAITED_FOR):
                 kwargs = {name: _later(value, depends_on) for name, value in kwargs.items()}
                 break
-    return Arguments(pickling.dump((args, kwargs), what, _task_to_ref), depends_on)
+
+    def replace(value: Any) -> Any:
+        ref = _task_to_ref(value)
+        if ref is not value:
+            mentions.append(ref)
+        return ref
+
+    return Arguments(pickling.dump((args, kwargs), what, replace), depends_on, mentions)
 
 
-def _later(value: Any, depends_on: list[str]) -> Any:
+def _later(value: Any, depends_on: list[ObjectRef]) -> Any:
     ref = _task_to_ref(value)
     if isinstance(ref, ObjectRef):
-        depends_on.append(ref.id)
+        depends_on.append(ref)
         return Later(ref.id)
     return value
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,15 @@ from millstream.errors import BrokerUnavailableError
 Watcher = Callable[["Cell"], None]
 
 _lock = threading.Lock()  # one for all cells: held for a few list operations, 60 ns when nobody else wants it
+
+
+def _forget_lock() -> None:
+    """In a forked child: a thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
 
 
 class Cell:
@@ -44,6 +54,11 @@ class Cell:
     def was_cut_off(self) -> bool:
         """Did the connection end before the request did? Its result may still be there for another engine."""
         return isinstance(self._error, BrokerUnavailableError)
+
+    @property
+    def unsent_error(self) -> BaseException | None:
+        """Why there will never be an outcome on the server, if that is so: refused, or its deployment cannot start."""
+        return None if self.was_cut_off else self._error
 
     def settle(self, stored: bytes) -> None:
         """The request has ended; `stored` is what its result key holds."""

@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from millstream.broker import outcomes, scripts
@@ -23,6 +24,7 @@ from millstream.broker.scripts import Submitted
 from millstream.broker.supplying import Supplier
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, DeployFailedError, DeploymentNotFoundError, MillstreamError
+from millstream.handles.cell import Cell
 
 FIELDS = 5  # of one request in a submit call
 FLUSH_REQUESTS = 64  # a fuller script call gains nothing and delays the others
@@ -32,6 +34,7 @@ PATIENCE_S = 30.0  # how long requests that no server has acknowledged survive a
 PATROL_S = 0.5  # a lost notice costs at most this and LOOK_AFTER_S
 LOOK_AFTER_S = 2.0  # what has waited so long is looked up, oldest first
 LOOK_AT_ONCE = 100  # per patrol and deployment
+RETRY_S = 0.05  # for a server that answers and cannot take requests now: loading, or demoted to a replica
 
 
 class Pending(Protocol):
@@ -49,13 +52,16 @@ class Pending(Protocol):
 class Route:
     """The engine's way to one deployment: its keys, and what is to be submitted there next."""
 
-    __slots__ = ("buffer", "buffered_bytes", "codec", "in_the_air", "is_ready", "keys", "tag", "unacknowledged")
+    __slots__ = (
+        "buffer", "buffered_bytes", "codec", "in_the_air", "is_preparing", "is_ready", "keys", "tag", "unacknowledged",
+    )  # fmt: skip
 
     def __init__(self, settings: Settings, tag: str) -> None:
         self.tag = tag
         self.keys: DeploymentKeys = Keys(settings.namespace).deployment(tag)
         self.codec = codec_for(settings.secret_key, settings.namespace, tag)
         self.is_ready = False  # replies of this deployment reach us
+        self.is_preparing = False
         self.buffer: list[Any] = []
         self.buffered_bytes = 0
         self.in_the_air = 0
@@ -65,10 +71,23 @@ class Route:
 class _Batch:
     """One submit call that has not been answered."""
 
-    __slots__ = ("requests", "since")
+    __slots__ = ("requests",)
 
     def __init__(self, requests: list[Any]) -> None:
-        self.requests, self.since = requests, time.monotonic()
+        self.requests = requests
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """A request that must wait in the server, for refs or for its time, until the server has it."""
+
+    route: Route
+    pending: Pending
+    method: bytes
+    envelope: bytes
+    depends_on: list[str]
+    delay_s: float
+    acknowledged: asyncio.Future[None]  # or failed
 
 
 class Engine:
@@ -93,6 +112,9 @@ class Engine:
         self._connecting: asyncio.Task[None] | None = None
         self._unqueued: set[bytes] = set()  # refs of requests whose callers wait until the server has them
         self._unregistered: set[bytes] = set()  # refs of holds and follows under way: the server may not know them yet
+        self._holding: dict[bytes, _Hold] = {}
+        self._sent = 0  # requests so far
+        self._handed_over: tuple[Engine | None, int] = (None, 0)  # to whom, up to which of them
         self._closer: AsyncGenerator[None, None] | None = None
 
     # what handles use
@@ -114,6 +136,7 @@ class Engine:
         It is matched when a replica has taken it, and with `want` = "queued" when the server has.
         """
         self._pending[pending.ref] = pending
+        self._sent += 1
         if want == b"queued":
             self._unqueued.add(pending.ref)
             want = b""
@@ -127,6 +150,13 @@ class Engine:
         elif route.in_the_air < IN_THE_AIR and len(buffer) == FIELDS:
             self.loop.call_soon(self._flush, route)
 
+    def submit_after(
+        self, refs: Iterable[str], route: Route, pending: Pending, method: bytes, want: bytes, envelope: bytes
+    ) -> None:
+        """As `submit`, but not before these requests of ours: a replica may ask for them at once."""
+        self._pending[pending.ref] = pending
+        self._start_chore(self._submit_after(list(refs), route, pending, method, want, envelope))
+
     def hold(
         self,
         route: Route,
@@ -138,7 +168,15 @@ class Engine:
     ) -> None:
         """Send a request that must wait: for refs, or for its time. `pending` is matched once the server holds it."""
         self._pending[pending.ref] = pending
-        self._start_chore(self._hold(route, pending, method, envelope, depends_on, delay_s))
+        self._sent += 1
+        acknowledged: asyncio.Future[None] = self.loop.create_future()
+        hold = _Hold(route, pending, method, envelope, depends_on, delay_s, acknowledged)
+        self._holding[pending.ref] = hold
+        self._start_chore(self._hold(hold))
+
+    def give_up(self, route: Route, ref: bytes, error: BaseException) -> None:
+        """Fail a request here because another one that it needs will never be on the server. Any thread."""
+        self.loop.call_soon_threadsafe(self._refused, route, [ref], error)
 
     def follow(self, route: Route, pending: Pending) -> None:
         """Hear of the end of a request that somebody else submitted. RefNotFoundError goes to `pending`."""
@@ -152,30 +190,42 @@ class Engine:
         await commands.ask("SET", route.keys.result(ref.decode()), stored, "PX", int(ttl_s * 1000))
 
     def resubmit_elsewhere(self, other: "Engine") -> None:
-        """Hand what is not acknowledged to another engine as well. For a blocked loop, whose own writes do not go out."""
+        """Hand what is not acknowledged to another engine as well: our loop is blocked, or stands still. Any thread."""
+        if self._handed_over == (other, self._sent):
+            return  # that was for another ref, and nothing has come since
+        self._handed_over = (other, self._sent)
         for route in list(self._routes.values()):
             requests = [part for batch in route.unacknowledged for part in batch.requests] + route.buffer
             if requests:
                 other.loop.call_soon_threadsafe(other._adopt_requests, route.tag, requests)
+        for hold in list(self._holding.values()):
+            other.loop.call_soon_threadsafe(other._adopt_hold, hold)
 
     def _adopt_requests(self, tag: str, requests: list[Any]) -> None:
         route = self.route(tag)
         route.buffer += requests
         self._prepare(route)
 
+    def _adopt_hold(self, hold: _Hold) -> None:
+        pending = Cell(hold.pending.codec, hold.pending.ref)
+        self.hold(self.route(pending.codec.tag), pending, hold.method, hold.envelope, hold.depends_on, hold.delay_s)
+
     def close(self) -> None:
         """Close the connections; whoever still waits gets BrokerUnavailableError. Twice is as once."""
         if self.is_closed:
             return
         self.is_closed = True
-        for task in [*self._chores, *([self._connector] if self._connector else [])]:
-            task.cancel()
+        for task in (*self._chores, self._connector, self._connecting):
+            if task is not None:
+                task.cancel()
         self._drop_links()
         error = BrokerUnavailableError(
             "the connection was closed by millstream.shutdown() or the end of its event loop"
         )
         for pending in list(self._pending.values()):
             pending.fail(error)
+            if isinstance(pending, asyncio.Future) and not pending.cancelled():
+                pending.exception()  # who awaits it gets it; where nobody does, asyncio need not say so
         self._pending.clear()
 
     # submitting
@@ -201,8 +251,9 @@ class Engine:
         route.unacknowledged.discard(batch)
         if isinstance(reply, BrokerUnavailableError):
             route.buffer[:0] = batch.requests  # idempotent by ref: sent again after the reconnect
-            if time.monotonic() - batch.since > PATIENCE_S:
-                self._fail_buffer(route, reply)
+            self._give_up_on_old_submits(route, reply)
+            if self._is_connected:
+                self.loop.call_later(RETRY_S, self._flush, route)
             return
         refs = batch.requests[::FIELDS]
         if isinstance(reply, Exception):
@@ -212,12 +263,12 @@ class Engine:
                 self._unqueued.discard(ref)
                 if (pending := self._pending.get(ref)) is not None:
                     pending.match()
-            if reply:
-                self._look_at(route, [refs[position] for position in reply])
+            if reply:  # sent twice, perhaps by another engine of ours, which then has the replies
+                self._look_at(route, [refs[position] for position in reply], listen=True)
         if route.buffer:
             self._flush(route)
 
-    def _refused(self, route: Route, refs: Iterable[bytes], reason: Exception) -> None:
+    def _refused(self, route: Route, refs: Iterable[bytes], reason: BaseException) -> None:
         error = no_such_deployment(route.tag) if "NODEPLOYMENT" in str(reason) else reason
         for ref in refs:
             self._unqueued.discard(ref)
@@ -239,16 +290,20 @@ class Engine:
     def _prepare(self, route: Route) -> None:
         if route.is_ready:
             self._flush(route)
-        else:
+        elif not route.is_preparing:
+            route.is_preparing = True
             self._start_chore(self._make_ready(route))
 
     async def _make_ready(self, route: Route) -> None:
         try:
             await self._ready(route)
         except MillstreamError as e:
-            self._fail_buffer(route, e)
+            if self._connector is None:  # else the connector goes on, flushes in the end, and gives up on what is old
+                self._fail_buffer(route, e)
         else:
             self._flush(route)
+        finally:
+            route.is_preparing = False
 
     async def _ready(self, route: Route) -> Link:
         """The commands link, once replies of this deployment would reach us. Raises BrokerUnavailableError."""
@@ -261,32 +316,59 @@ class Engine:
                 await replies.ask("SSUBSCRIBE", route.keys.reply(self.name))
                 route.is_ready = self._replies is replies
 
-    async def _hold(
-        self, route: Route, pending: Pending, method: bytes, envelope: bytes, depends_on: list[str], delay_s: float
+    async def _submit_after(
+        self, refs: list[str], route: Route, pending: Pending, method: bytes, want: bytes, envelope: bytes
     ) -> None:
+        await self._until_acknowledged(route, pending, functools.partial(self._sent_before, refs))
+        if pending.ref in self._pending:
+            self.submit(route, pending, method, want, envelope)
+
+    async def _sent_before(self, ref_ids: Iterable[str]) -> None:
+        """Return when what we have to send of these requests is under way: commands that follow find them there."""
+        for ref_id in ref_ids:
+            tag, _, ref = ref_id.partition("~")
+            upstream = self._routes.get(tag)
+            if upstream is not None and upstream.buffer:
+                await self._ready(upstream)
+                self._flush(upstream)
+            if (hold := self._holding.get(ref.encode())) is not None:
+                await asyncio.wait([hold.acknowledged])
+
+    async def _hold(self, hold: _Hold) -> None:
+        route, pending = hold.route, hold.pending
+
         async def step() -> None:
             await self._ready(route)
-            for ref_id in depends_on:  # their submits go out before ours, on the same connection
-                upstream = self._routes.get(ref_id.partition("~")[0])
-                if upstream is not None and upstream.buffer:
-                    await self._ready(upstream)
-                    self._flush(upstream)
+            await self._sent_before(hold.depends_on)
+            if pending.ref not in self._pending:
+                return  # given up: one that it depends on was refused
             call = scripts.hold(
-                route.keys, self.name, pending.ref, "normal", method, envelope,
-                delay_ms=int(delay_s * 1000), depends_on=depends_on,
+                route.keys, self.name, pending.ref, "normal", hold.method, hold.envelope,
+                delay_ms=int(hold.delay_s * 1000), depends_on=hold.depends_on,
             )  # fmt: skip
-            await self._run(call)
+            answer = await self._run(call)
+            if not hold.acknowledged.done():
+                hold.acknowledged.set_result(None)
             pending.match()
-            waiter_id = f"{route.tag}~{pending.ref.decode()}"
-            await asyncio.gather(*[self._supplier.watch(waiter_id, ref_id) for ref_id in depends_on])
+            ref = pending.ref.decode()
+            if answer is not Submitted.NEW:  # sent twice, perhaps by another engine of ours, which then has the reply
+                (stored,) = await self._run(scripts.watch(route.keys, "readers", self.name, [ref]))
+                self._answered(pending, stored)
+            waiter_id = f"{route.tag}~{ref}"
+            await asyncio.gather(*[self._supplier.watch(waiter_id, ref_id) for ref_id in hold.depends_on])
 
-        await self._until_acknowledged(route, pending, step)
+        try:
+            await self._until_acknowledged(route, pending, step)
+        finally:
+            del self._holding[pending.ref]
+            if not hold.acknowledged.done():
+                hold.acknowledged.set_result(None)
 
     async def _follow(self, route: Route, pending: Pending) -> None:
         async def step() -> None:
             await self._ready(route)
-            self._flush(route)  # the request itself may still be with us
             ref = pending.ref.decode()
+            await self._sent_before([f"{route.tag}~{ref}"])  # the request itself may still be with us
             (answer,) = await self._run(scripts.watch(route.keys, "readers", self.name, [ref]))
             self._answered(pending, answer)
 
@@ -303,6 +385,7 @@ class Engine:
                 except BrokerUnavailableError:
                     if self._connector is None or time.monotonic() - pending.since > PATIENCE_S:
                         raise
+                    await asyncio.sleep(RETRY_S)
         except Exception as e:
             self._refused(route, [pending.ref], e)
         finally:
@@ -326,23 +409,31 @@ class Engine:
             else:
                 self._look_at(self.route(pending.codec.tag), [ref])
 
-    def _look_at(self, route: Route, refs: list[bytes]) -> None:
-        """Read what became of some refs; the answer settles them."""
-        commands = self._commands
-        if route.buffer or self._unregistered:
-            unsent = self._unregistered.union(route.buffer[::FIELDS])
-            refs = [ref for ref in refs if ref not in unsent]
+    def _look_at(self, route: Route, refs: list[bytes], *, listen: bool = False) -> None:
+        """Read what became of some refs; the answer settles them. With `listen`, hear of the end of those still open."""
+        commands, refs = self._commands, self._sent_of(route, refs)
         if commands is None or not refs:
             return
 
         def answered(reply: list[bytes] | Exception) -> None:
             if not isinstance(reply, Exception):  # else the link is down, and the reconnect looks again
-                for ref, answer in zip(refs, reply, strict=True):
-                    pending = self._pending.get(ref)
-                    if pending is not None:
-                        self._answered(pending, answer)
+                self._all_answered(refs, reply)
 
-        commands.start(scripts.watch(route.keys, "", "", refs), answered)
+        how, who = ("readers", self.name) if listen else ("", "")
+        commands.start(scripts.watch(route.keys, how, who, refs), answered)
+
+    def _sent_of(self, route: Route, refs: list[bytes]) -> list[bytes]:
+        """Those that the server may know: of the others it would say that they never existed."""
+        if route.buffer or self._unregistered:
+            unsent = self._unregistered.union(route.buffer[::FIELDS])
+            return [ref for ref in refs if ref not in unsent]
+        return refs
+
+    def _all_answered(self, refs: list[bytes], answers: list[bytes]) -> None:
+        for ref, answer in zip(refs, answers, strict=True):
+            pending = self._pending.get(ref)
+            if pending is not None:
+                self._answered(pending, answer)
 
     def _answered(self, pending: Pending, answer: bytes) -> None:
         if answer == b"open":
@@ -370,11 +461,18 @@ class Engine:
             await self._connect()
             self._connector = self._connector or self.loop.create_task(self._stay_connected())
         give_up = time.monotonic() + PATIENCE_S
-        while self._commands is None:
+        while not self._is_connected:
             if time.monotonic() > give_up:
                 raise BrokerUnavailableError(f"the server did not come back within {PATIENCE_S:.0f} s")
             await asyncio.sleep(0.01)
+        assert self._commands is not None
         return self._commands
+
+    @property
+    def _is_connected(self) -> bool:
+        """Are both links up? One that has just been lost stays for a few passes of the loop, until the connector wakes."""
+        commands, replies = self._commands, self._replies
+        return commands is not None and commands.is_up and replies is not None and replies.is_up
 
     async def _connect(self) -> None:
         if self._connecting is None:
@@ -416,16 +514,16 @@ class Engine:
                     await self._connect()
                     break
                 except BrokerUnavailableError as e:
-                    self._give_up_on_old_submits(e)
+                    for route in self._routes.values():
+                        self._give_up_on_old_submits(route, e)
                     await asyncio.sleep(delay_s)
             await self._catch_up()
 
-    def _give_up_on_old_submits(self, error: Exception) -> None:
-        now = time.monotonic()
-        for route in self._routes.values():
-            pending = self._pending.get(route.buffer[0]) if route.buffer else None
-            if pending is not None and now - pending.since > PATIENCE_S:
-                self._fail_buffer(route, error)
+    def _give_up_on_old_submits(self, route: Route, error: Exception) -> None:
+        waiting = (self._pending[ref] for ref in route.buffer[::FIELDS] if ref in self._pending)
+        oldest = next(waiting, None)
+        if oldest is not None and time.monotonic() - oldest.since > PATIENCE_S:
+            self._fail_buffer(route, error)
 
     async def _catch_up(self) -> None:
         """After a reconnect: subscribe again, send what was not acknowledged, re-read the rest."""
@@ -433,9 +531,20 @@ class Engine:
             for route in list(self._routes.values()):
                 await self._ready(route)
                 self._flush(route)
+            await self._read_again()
         except MillstreamError:
             return  # lost again; the next connection starts over
-        self._to_look_at = deque(self._pending)
+
+    async def _read_again(self) -> None:
+        """Look up all that is pending, oldest first, one script at a time: messages about it may have been lost."""
+        by_tag: dict[str, list[bytes]] = {}
+        for ref, pending in self._pending.items():
+            by_tag.setdefault(pending.codec.tag, []).append(ref)
+        for tag, pendings in by_tag.items():
+            route = self.route(tag)
+            for start in range(0, len(pendings), LOOK_AT_ONCE):
+                if refs := self._sent_of(route, pendings[start : start + LOOK_AT_ONCE]):
+                    self._all_answered(refs, await self._run(scripts.watch(route.keys, "", "", refs)))
 
     # patrol
 

@@ -67,11 +67,27 @@ def background() -> "Background":
 class Background:
     """A thread with a loop and an engine."""
 
+    loop: asyncio.AbstractEventLoop
+    engine: Engine
+
     def __init__(self, settings: Settings) -> None:
-        self.loop = _new_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="millstream-engine", daemon=True)
+        started = threading.Event()
+        self._thread = threading.Thread(
+            target=self._live, args=(settings, started), name="millstream-engine", daemon=True
+        )
         self._thread.start()
-        self.engine = self.run(_make(settings))
+        started.wait()
+
+    def _live(self, settings: Settings, started: threading.Event) -> None:
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(self._until_closed(settings, started))
+
+    async def _until_closed(self, settings: Settings, started: threading.Event) -> None:
+        self.loop, self._is_closed = asyncio.get_running_loop(), asyncio.Event()
+        self.engine = Engine(settings)
+        started.set()
+        await self._is_closed.wait()
+        self.engine.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run a coroutine there and block for its result."""
@@ -87,17 +103,10 @@ class Background:
         self.loop.call_soon_threadsafe(function, *arguments)
 
     def close(self) -> None:
-        if not self.loop.is_closed() and self._thread.is_alive():
-            self.loop.call_soon_threadsafe(self.engine.close)
-            self.loop.call_soon_threadsafe(self.loop.stop)
+        """End the thread in order. From any other thread, one that runs a loop of its own included."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._is_closed.set)
             self._thread.join(timeout=2.0)
-        if not self.loop.is_running():
-            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-            self.loop.close()
-
-
-async def _make(settings: Settings) -> Engine:
-    return Engine(settings)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -148,6 +157,8 @@ def _forget_in_child() -> None:
     """After a fork: sockets and threads belong to the parent. The child's first call makes its own."""
     global _background, _by_loop, _lock
     _lock = threading.RLock()
+    for engine in [*_by_loop.values(), *([_background.engine] if _background is not None else [])]:
+        engine.is_closed = True  # refs made before the fork must not wait for it
     _background = None
     _by_loop = weakref.WeakKeyDictionary()
 

@@ -1,6 +1,7 @@
 """`DeploymentHandle` (asynchronous) and `SyncHandle`: how requests are made. Both pickle as names and options."""
 
 import asyncio
+import functools
 import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -26,8 +27,8 @@ class HandleOptions:
     delay_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method_name, str) or "\0" in self.method_name or not self.method_name:
-            raise ConfigError(f"method_name={self.method_name!r} must be a method's name")
+        if not isinstance(self.method_name, str) or not 0 < len(self.method_name.encode()) < 256:
+            raise ConfigError(f"method_name={self.method_name!r} must be a method's name, of at most 255 bytes")
         if self.block_until not in ("matched", "queued"):
             raise ConfigError(f"block_until={self.block_until!r} is unknown; use 'matched' or 'queued'")
         if not isinstance(self.delay_s, int | float) or not 0 <= self.delay_s < math.inf:
@@ -99,7 +100,13 @@ class _Handle:
         """Hand one request to the engine; on its loop."""
         envelope = route.codec.seal("request", pending.ref, encoded.body, self._method)
         if encoded.depends_on or self._options.delay_s:
-            engine.hold(route, pending, self._method, envelope, encoded.depends_on, self._options.delay_s)
+            needed = [ref.id for ref in encoded.depends_on]
+            engine.hold(route, pending, self._method, envelope, needed, self._options.delay_s)
+            for ref in encoded.depends_on:
+                ref._if_never_sent(functools.partial(engine.give_up, route, pending.ref))
+        elif encoded.mentions:
+            mentioned = [ref.id for ref in encoded.mentions]
+            engine.submit_after(mentioned, route, pending, self._method, want, envelope)
         else:
             engine.submit(route, pending, self._method, want, envelope)
 

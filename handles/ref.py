@@ -117,6 +117,16 @@ class ObjectRef:
 
     # who listens for us
 
+    def _if_never_sent(self, call: Callable[[BaseException], None]) -> None:
+        """Have `call(error)` called, in any thread, if this process learns that the request never reached the server."""
+
+        def ended(cell: Cell) -> None:
+            if (error := cell.unsent_error) is not None:
+                call(error)
+
+        if self._cell is not None:
+            self._cell.on_end(ended)
+
     def _followed(self) -> Cell:
         """The cell, filled by some engine of this process."""
         try:
@@ -138,9 +148,9 @@ class ObjectRef:
         """As `_followed`, by an engine that goes on while this thread blocks."""
         with self._lock:
             engine, cell = self._engine, self._cell
-            if cell is not None and engine is not None and self._is_served():
-                if cell.has_ended or engine.loop is not engines.running_loop():
-                    return cell
+            is_served = cell is not None and engine is not None and self._is_served()
+            if is_served and (cell.has_ended or engine.loop is not engines.running_loop()):  # type: ignore[union-attr]
+                return cell  # type: ignore[return-value]
             background = engines.background()
             cell = self._move_to(background.engine)
             background.call(background.engine.follow, background.engine.route(cell.codec.tag), cell)

@@ -16,7 +16,7 @@ PUT_TTL_S = 3600.0
 def get(refs: ObjectRef | list[ObjectRef], *, timeout: float | None = None) -> Any:
     """Block for one value, or for a list of values in the order of the refs.
 
-    The first failure in list order is raised. GetTimeoutError after `timeout` seconds in all (0 polls); the requests
+    The first failure in list order is raised, without waiting for what comes after it. GetTimeoutError after `timeout` seconds in all (0 polls); the requests
     go on. ValueError for anything but a ref or a list of refs.
     """
     if isinstance(refs, ObjectRef):
@@ -26,6 +26,7 @@ def get(refs: ObjectRef | list[ObjectRef], *, timeout: float | None = None) -> A
     engines.warn_if_on_a_loop("millstream.get()", "`await ref`, or `await asyncio.gather(*refs)`")
     deadline = None if timeout is None else time.monotonic() + timeout
     cells = [ref._followed_off_loop() for ref in refs]
+    values = []
     for position, cell in enumerate(cells):
         if not cell.wait(None if deadline is None else deadline - time.monotonic()):
             raise GetTimeoutError(
@@ -33,7 +34,8 @@ def get(refs: ObjectRef | list[ObjectRef], *, timeout: float | None = None) -> A
                 f"the first is {refs[position].id}; they go on: ask again",
                 ref_id=refs[position].id,
             )
-    return [cell.read() for cell in cells]
+        values.append(cell.read())
+    return values
 
 
 def wait(

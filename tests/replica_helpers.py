@@ -7,9 +7,10 @@ may block. Both speak to the replica as a launcher does.
 import asyncio
 import contextlib
 import itertools
+import secrets
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Any, TypeVar
 
 import pytest
 
+from millstream.broker import pickling, scripts
+from millstream.broker.codec import codec_for
 from millstream.broker.connection import Control as Client
-from millstream.broker.connection import open_control
+from millstream.broker.connection import open_control, run
 from millstream.broker.definitions import Definition
-from millstream.broker.keys import deployment_tag
+from millstream.broker.keys import Keys, deployment_tag
+from millstream.broker.outcomes import open_stored
 from millstream.broker.registry import AppRecord, NewDeployment, Registry
-from millstream.config import DeploymentConfig, Settings
+from millstream.config import Settings
 from millstream.deployment import Application, Node, compile_graph, deployment
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.control import Control
@@ -137,6 +141,52 @@ class Hosted:
             self.heard.append(message)
 
 
+class Stage:
+    """One deployment, `app.Model`, with its replicas on the running loop, and means to look at what they do."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.namespace).deployment(deployment_tag(APP, "Model"))
+        self.handle = DeploymentHandle("Model", APP)
+        self._codec = codec_for(settings.secret_key, settings.namespace, self.keys.tag)
+        self._version = ""
+        self._hosted: list[Hosted] = []
+
+    async def start(self, target: Any, *args: Any, name: str = "", **options: Any) -> Hosted:
+        """Start a replica and wait until it is ready. The first one also deploys."""
+        hosted = await self.prepare(target, *args, name=name, **options)
+        return await hosted.start()
+
+    async def prepare(self, target: Any, *args: Any, name: str = "", **options: Any) -> Hosted:
+        """As `start`, without starting it."""
+        node = to_node(target, *args, **{"name": "Model", "graceful_shutdown_timeout_s": GRACE_S, **options})
+        if not self._version:
+            self._version = (await deploy(self.settings, [node])).version
+        self._hosted.append(Hosted(self.settings, node, name=name, version=self._version))
+        return self._hosted[-1]
+
+    async def submit(self, client: Client, *calls: Any, lane: str = "normal", method: str = "__call__") -> list[str]:
+        """Submit one call per argument in one script, without an engine; their refs. Nobody hears of the results."""
+        refs = [secrets.token_hex(11) for _ in calls]
+        batch: list[Any] = []
+        for ref, argument in zip(refs, calls, strict=True):
+            body = pickling.dump(((argument,), {}), "a call")
+            envelope = self._codec.seal("request", ref.encode(), body, method.encode())
+            batch += [ref.encode(), lane, method.encode(), "", envelope]
+        await run(client, scripts.submit(self.keys, "", batch))
+        return refs
+
+    async def read(self, client: Client, ref: str) -> Any:
+        """The value of a request that has ended, or its error raised."""
+        stored: Any = await client.get(self.keys.result(ref))
+        return open_stored(self._codec, ref.encode(), stored)
+
+    async def drain(self) -> None:
+        """Drain those that are not over."""
+        for one in [one for one in self._hosted if not one.is_over]:
+            await one.drain()
+
+
 class Serving:
     """Deploys and serves. Call it with a class or function and the options of its deployment; it returns a handle."""
 
@@ -233,7 +283,7 @@ class Serving:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    def add_signal_handler(self, sig: int, callback: Callable[..., object], *args: Any) -> None:
+    def add_signal_handler(self, *_: Any) -> None:  # type: ignore[override]
         """Signals are for the main thread; a replica has that to itself, here it has not."""
 
 
@@ -252,7 +302,7 @@ class Gate:
 
     async def wait(self) -> None:
         with self._counted():
-            while not self._is_open.is_set():
+            while not self._is_open.is_set():  # noqa: ASYNC110 - it is opened in another thread
                 await asyncio.sleep(0.001)
 
     def wait_in_thread(self) -> None:
