@@ -9,7 +9,14 @@ from typing import Any
 
 from millstream.broker import remote_errors
 from millstream.broker.codec import Codec
-from millstream.errors import MillstreamError, RefNotFoundError, ReplicaDiedError, RequestCancelledError
+from millstream.errors import (
+    DeployFailedError,
+    DeploymentNotFoundError,
+    MillstreamError,
+    RefNotFoundError,
+    ReplicaDiedError,
+    RequestCancelledError,
+)
 
 
 def is_header_only(stored: bytes) -> bool:
@@ -75,3 +82,21 @@ def same_kind(error: BaseException) -> BaseException:
     if type(error).__module__ == "millstream.errors" and isinstance(error, MillstreamError):
         return type(error)(str(error), **error.__dict__)
     return error
+
+
+def no_such_deployment(tag: str) -> DeploymentNotFoundError:
+    app, _, name = tag.partition(".")
+    return DeploymentNotFoundError(
+        f"there is no deployment {name!r} in application {app!r}; "
+        "`millstream status` lists what is deployed, serve.run(...) deploys",
+        app=app,
+        deployment=name,
+    )
+
+
+def deploy_failed(tag: str, message: str, remote_traceback: str) -> DeployFailedError:
+    return DeployFailedError(
+        f"deployment {tag} cannot start: {message}; mend it and deploy again\n{remote_traceback}".rstrip(),
+        deployment=tag,
+        remote_traceback=remote_traceback,
+    )

@@ -7,87 +7,27 @@ Redis is the truth: after each reconnect, and at a bounded rate all the time, th
 import asyncio
 import functools
 import itertools
-import json
 import os
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from millstream.broker import outcomes, scripts
-from millstream.broker.codec import Codec, codec_for
-from millstream.broker.connection import backoff
-from millstream.broker.keys import DeploymentKeys, Keys
-from millstream.broker.link import Link, Messages, dial
+from millstream.broker.link import Link, Messages
 from millstream.broker.scripts import Submitted
 from millstream.broker.supplying import Supplier
 from millstream.config import Settings
-from millstream.errors import BrokerUnavailableError, DeployFailedError, DeploymentNotFoundError, MillstreamError
+from millstream.errors import BrokerUnavailableError, MillstreamError
 from millstream.handles.cell import Cell
+from millstream.handles.lines import PATIENCE_S, Lines
+from millstream.handles.patrol import LOOK_AT_ONCE, Patrol
+from millstream.handles.route import Batch, Hold, Pending, Route
 
 FIELDS = 5  # of one request in a submit call
 FLUSH_REQUESTS = 64  # a fuller script call gains nothing and delays the others
 FLUSH_BYTES = 64 * 1024
 IN_THE_AIR = 3  # so many submit calls go out without waiting for an answer; then what comes waits to be sent together
-PATIENCE_S = 30.0  # how long requests that no server has acknowledged survive an outage
-PATROL_S = 0.5  # a lost notice costs at most this and LOOK_AFTER_S
-LOOK_AFTER_S = 2.0  # what has waited so long is looked up, oldest first
-LOOK_AT_ONCE = 100  # per patrol and deployment
 RETRY_S = 0.05  # for a server that answers and cannot take requests now: loading, or demoted to a replica
-
-
-class Pending(Protocol):
-    """Somebody who waits for the end of one request: a Cell, or the future of a `call`."""
-
-    codec: Codec
-    ref: bytes
-    since: float
-
-    def settle(self, stored: bytes) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
-    def match(self) -> None: ...
-
-
-class Route:
-    """The engine's way to one deployment: its keys, and what is to be submitted there next."""
-
-    __slots__ = (
-        "buffer", "buffered_bytes", "codec", "in_the_air", "is_preparing", "is_ready", "keys", "tag", "unacknowledged",
-    )  # fmt: skip
-
-    def __init__(self, settings: Settings, tag: str) -> None:
-        self.tag = tag
-        self.keys: DeploymentKeys = Keys(settings.namespace).deployment(tag)
-        self.codec = codec_for(settings.secret_key, settings.namespace, tag)
-        self.is_ready = False  # replies of this deployment reach us
-        self.is_preparing = False
-        self.buffer: list[Any] = []
-        self.buffered_bytes = 0
-        self.in_the_air = 0
-        self.unacknowledged: set[_Batch] = set()
-
-
-class _Batch:
-    """One submit call that has not been answered."""
-
-    __slots__ = ("requests",)
-
-    def __init__(self, requests: list[Any]) -> None:
-        self.requests = requests
-
-
-@dataclass(frozen=True, slots=True)
-class _Hold:
-    """A request that must wait in the server, for refs or for its time, until the server has it."""
-
-    route: Route
-    pending: Pending
-    method: bytes
-    envelope: bytes
-    depends_on: list[str]
-    delay_s: float
-    acknowledged: asyncio.Future[None]  # or failed
 
 
 class Engine:
@@ -102,17 +42,14 @@ class Engine:
         self._ref_prefix, self._ref_numbers = os.urandom(6).hex().encode(), itertools.count()
         self._routes: dict[str, Route] = {}
         self._pending: dict[bytes, Pending] = {}
-        self._to_look_at: deque[bytes] = deque()
-        self._commands: Link | None = None
-        self._replies: Link | None = None
+        self._lines = Lines(settings, self.name, self)
+        self._patrol = Patrol(self._pending, self._lines, self.route, self._look_at)
         self._messages = Messages()
         self._chores: set[asyncio.Task[Any]] = set()
-        self._supplier = Supplier(settings, self._run)
-        self._connector: asyncio.Task[None] | None = None
-        self._connecting: asyncio.Task[None] | None = None
+        self._supplier = Supplier(settings, self._lines.run)
         self._unqueued: set[bytes] = set()  # refs of requests whose callers wait until the server has them
         self._unregistered: set[bytes] = set()  # refs of holds and follows under way: the server may not know them yet
-        self._holding: dict[bytes, _Hold] = {}
+        self._holding: dict[bytes, Hold] = {}
         self._sent = 0  # requests so far
         self._handed_over: tuple[Engine | None, int] = (None, 0)  # to whom, up to which of them
         self._closer: AsyncGenerator[None, None] | None = None
@@ -170,7 +107,7 @@ class Engine:
         self._pending[pending.ref] = pending
         self._sent += 1
         acknowledged: asyncio.Future[None] = self.loop.create_future()
-        hold = _Hold(route, pending, method, envelope, depends_on, delay_s, acknowledged)
+        hold = Hold(route, pending, method, envelope, depends_on, delay_s, acknowledged)
         self._holding[pending.ref] = hold
         self._start_chore(self._hold(hold))
 
@@ -185,7 +122,7 @@ class Engine:
 
     async def put(self, route: Route, ref: bytes, envelope: bytes, ttl_s: float) -> None:
         """Store a value under a ref of its own."""
-        commands = await self._link()
+        commands = await self._lines.link()
         stored = b"succeeded - -\n" + envelope
         await commands.ask("SET", route.keys.result(ref.decode()), stored, "PX", int(ttl_s * 1000))
 
@@ -206,7 +143,7 @@ class Engine:
         route.buffer += requests
         self._prepare(route)
 
-    def _adopt_hold(self, hold: _Hold) -> None:
+    def _adopt_hold(self, hold: Hold) -> None:
         pending = Cell(hold.pending.codec, hold.pending.ref)
         self.hold(self.route(pending.codec.tag), pending, hold.method, hold.envelope, hold.depends_on, hold.delay_s)
 
@@ -215,10 +152,9 @@ class Engine:
         if self.is_closed:
             return
         self.is_closed = True
-        for task in (*self._chores, self._connector, self._connecting):
-            if task is not None:
-                task.cancel()
-        self._drop_links()
+        for task in self._chores:
+            task.cancel()
+        self._lines.close()
         error = BrokerUnavailableError(
             "the connection was closed by millstream.shutdown() or the end of its event loop"
         )
@@ -232,11 +168,11 @@ class Engine:
 
     def _flush(self, route: Route) -> None:
         """Put everything buffered for this deployment into the air, at most FLUSH_REQUESTS at a time."""
-        commands = self._commands
+        commands = self._lines.commands
         if commands is None or not commands.is_up:
             return  # the reconnect flushes
         while route.buffer:
-            batch = _Batch(route.buffer[: FIELDS * FLUSH_REQUESTS])
+            batch = Batch(route.buffer[: FIELDS * FLUSH_REQUESTS])
             del route.buffer[: FIELDS * FLUSH_REQUESTS]
             route.in_the_air += 1
             route.unacknowledged.add(batch)
@@ -246,13 +182,13 @@ class Engine:
             )
         route.buffered_bytes = 0
 
-    def _acknowledged(self, route: Route, batch: _Batch, reply: dict[int, Submitted] | Exception) -> None:
+    def _acknowledged(self, route: Route, batch: Batch, reply: dict[int, Submitted] | Exception) -> None:
         route.in_the_air -= 1
         route.unacknowledged.discard(batch)
         if isinstance(reply, BrokerUnavailableError):
             route.buffer[:0] = batch.requests  # idempotent by ref: sent again after the reconnect
             self._give_up_on_old_submits(route, reply)
-            if self._is_connected:
+            if self._lines.is_connected:
                 self.loop.call_later(RETRY_S, self._flush, route)
             return
         refs = batch.requests[::FIELDS]
@@ -269,7 +205,7 @@ class Engine:
             self._flush(route)
 
     def _refused(self, route: Route, refs: Iterable[bytes], reason: BaseException) -> None:
-        error = no_such_deployment(route.tag) if "NODEPLOYMENT" in str(reason) else reason
+        error = outcomes.no_such_deployment(route.tag) if "NODEPLOYMENT" in str(reason) else reason
         for ref in refs:
             self._unqueued.discard(ref)
             pending = self._pending.pop(ref, None)
@@ -298,7 +234,9 @@ class Engine:
         try:
             await self._ready(route)
         except MillstreamError as e:
-            if self._connector is None:  # else the connector goes on, flushes in the end, and gives up on what is old
+            if (
+                not self._lines.has_been_up
+            ):  # else the connector goes on, flushes in the end, and gives up on what is old
                 self._fail_buffer(route, e)
         else:
             self._flush(route)
@@ -308,13 +246,13 @@ class Engine:
     async def _ready(self, route: Route) -> Link:
         """The commands link, once replies of this deployment would reach us. Raises BrokerUnavailableError."""
         while True:
-            commands = await self._link()
+            commands = await self._lines.link()
             if route.is_ready:
                 return commands
-            replies = self._replies
+            replies = self._lines.replies
             if replies is not None:
                 await replies.ask("SSUBSCRIBE", route.keys.reply(self.name))
-                route.is_ready = self._replies is replies
+                route.is_ready = self._lines.replies is replies
 
     async def _submit_after(
         self, refs: list[str], route: Route, pending: Pending, method: bytes, want: bytes, envelope: bytes
@@ -334,7 +272,7 @@ class Engine:
             if (hold := self._holding.get(ref.encode())) is not None:
                 await asyncio.wait([hold.acknowledged])
 
-    async def _hold(self, hold: _Hold) -> None:
+    async def _hold(self, hold: Hold) -> None:
         route, pending = hold.route, hold.pending
 
         async def step() -> None:
@@ -346,13 +284,13 @@ class Engine:
                 route.keys, self.name, pending.ref, "normal", hold.method, hold.envelope,
                 delay_ms=int(hold.delay_s * 1000), depends_on=hold.depends_on,
             )  # fmt: skip
-            answer = await self._run(call)
+            answer = await self._lines.run(call)
             if not hold.acknowledged.done():
                 hold.acknowledged.set_result(None)
             pending.match()
             ref = pending.ref.decode()
             if answer is not Submitted.NEW:  # sent twice, perhaps by another engine of ours, which then has the reply
-                (stored,) = await self._run(scripts.watch(route.keys, "readers", self.name, [ref]))
+                (stored,) = await self._lines.run(scripts.watch(route.keys, "readers", self.name, [ref]))
                 self._answered(pending, stored)
             waiter_id = f"{route.tag}~{ref}"
             await asyncio.gather(*[self._supplier.watch(waiter_id, ref_id) for ref_id in hold.depends_on])
@@ -369,7 +307,7 @@ class Engine:
             await self._ready(route)
             ref = pending.ref.decode()
             await self._sent_before([f"{route.tag}~{ref}"])  # the request itself may still be with us
-            (answer,) = await self._run(scripts.watch(route.keys, "readers", self.name, [ref]))
+            (answer,) = await self._lines.run(scripts.watch(route.keys, "readers", self.name, [ref]))
             self._answered(pending, answer)
 
         await self._until_acknowledged(route, pending, step)
@@ -383,7 +321,7 @@ class Engine:
                     await step()
                     return
                 except BrokerUnavailableError:
-                    if self._connector is None or time.monotonic() - pending.since > PATIENCE_S:
+                    if not self._lines.has_been_up or time.monotonic() - pending.since > PATIENCE_S:
                         raise
                     await asyncio.sleep(RETRY_S)
         except Exception as e:
@@ -393,7 +331,7 @@ class Engine:
 
     # results
 
-    def _on_message(self, message: bytes) -> None:
+    def on_message(self, message: bytes) -> None:
         items = self._messages.read(message)
         pendings = self._pending
         for i in range(0, len(items), 2):
@@ -411,7 +349,7 @@ class Engine:
 
     def _look_at(self, route: Route, refs: list[bytes], *, listen: bool = False) -> None:
         """Read what became of some refs; the answer settles them. With `listen`, hear of the end of those still open."""
-        commands, refs = self._commands, self._sent_of(route, refs)
+        commands, refs = self._lines.commands, self._sent_of(route, refs)
         if commands is None or not refs:
             return
 
@@ -444,88 +382,24 @@ class Engine:
         else:
             pending.settle(answer)
 
-    # connections
+    # what the lines tell us
 
-    def _run(self, call: scripts.Call[Any]) -> asyncio.Future[Any]:
-        if self._commands is None:
-            future: asyncio.Future[Any] = self.loop.create_future()
-            future.set_exception(BrokerUnavailableError("the connection to the server is down"))
-            return future
-        return self._commands.run(call)
-
-    async def _link(self) -> Link:
-        """The commands link; waits for it up to PATIENCE_S, but a first connection that fails raises at once."""
-        if self.is_closed:
-            raise BrokerUnavailableError("this connection was closed; call again to open a new one")
-        if self._connector is None:
-            await self._connect()
-            self._connector = self._connector or self.loop.create_task(self._stay_connected())
-        give_up = time.monotonic() + PATIENCE_S
-        while not self._is_connected:
-            if time.monotonic() > give_up:
-                raise BrokerUnavailableError(f"the server did not come back within {PATIENCE_S:.0f} s")
-            await asyncio.sleep(0.01)
-        assert self._commands is not None
-        return self._commands
-
-    @property
-    def _is_connected(self) -> bool:
-        """Are both links up? One that has just been lost stays for a few passes of the loop, until the connector wakes."""
-        commands, replies = self._commands, self._replies
-        return commands is not None and commands.is_up and replies is not None and replies.is_up
-
-    async def _connect(self) -> None:
-        if self._connecting is None:
-            self._connecting = self.loop.create_task(self._dial_both())
-        connecting = self._connecting
-        try:
-            await asyncio.shield(connecting)
-        finally:
-            if self._connecting is connecting and connecting.done():
-                self._connecting = None
-
-    async def _dial_both(self) -> None:
-        commands = await dial(self.settings, f"ms:client:{self.name}")
-        try:
-            replies = await dial(self.settings, f"ms:replies:{self.name}", self._on_message)
-        except BaseException:
-            commands.close()
-            raise
-        self._commands, self._replies = commands, replies
+    async def on_first_up(self) -> None:
+        """From now on the end of the loop closes us."""
         if self._closer is None:
             self._closer = _close_with_loop(self)
-            await anext(self._closer)  # from now on the end of the loop closes us
+            await anext(self._closer)
 
-    def _drop_links(self) -> None:
-        for link in (self._commands, self._replies):
-            if link is not None:
-                link.close()
-        self._commands = self._replies = None
+    def on_lost(self) -> None:
         self._messages = Messages()
         for route in self._routes.values():
             route.is_ready = False
 
-    async def _stay_connected(self) -> None:
-        while True:
-            await self._patrol_until_lost()
-            self._drop_links()
-            for delay_s in backoff():
-                try:
-                    await self._connect()
-                    break
-                except BrokerUnavailableError as e:
-                    for route in self._routes.values():
-                        self._give_up_on_old_submits(route, e)
-                    await asyncio.sleep(delay_s)
-            await self._catch_up()
+    def on_failed_try(self, error: BrokerUnavailableError) -> None:
+        for route in self._routes.values():
+            self._give_up_on_old_submits(route, error)
 
-    def _give_up_on_old_submits(self, route: Route, error: Exception) -> None:
-        waiting = (self._pending[ref] for ref in route.buffer[::FIELDS] if ref in self._pending)
-        oldest = next(waiting, None)
-        if oldest is not None and time.monotonic() - oldest.since > PATIENCE_S:
-            self._fail_buffer(route, error)
-
-    async def _catch_up(self) -> None:
+    async def on_back(self) -> None:
         """After a reconnect: subscribe again, send what was not acknowledged, re-read the rest."""
         try:
             for route in list(self._routes.values()):
@@ -534,6 +408,15 @@ class Engine:
             await self._read_again()
         except MillstreamError:
             return  # lost again; the next connection starts over
+
+    def on_tick(self) -> None:
+        self._patrol.step()
+
+    def _give_up_on_old_submits(self, route: Route, error: Exception) -> None:
+        waiting = (self._pending[ref] for ref in route.buffer[::FIELDS] if ref in self._pending)
+        oldest = next(waiting, None)
+        if oldest is not None and time.monotonic() - oldest.since > PATIENCE_S:
+            self._fail_buffer(route, error)
 
     async def _read_again(self) -> None:
         """Look up all that is pending, oldest first, one script at a time: messages about it may have been lost."""
@@ -544,68 +427,7 @@ class Engine:
             route = self.route(tag)
             for start in range(0, len(pendings), LOOK_AT_ONCE):
                 if refs := self._sent_of(route, pendings[start : start + LOOK_AT_ONCE]):
-                    self._all_answered(refs, await self._run(scripts.watch(route.keys, "", "", refs)))
-
-    # patrol
-
-    async def _patrol_until_lost(self) -> None:
-        links = [link for link in (self._commands, self._replies) if link is not None]
-        while all(link.is_up for link in links) and links:
-            await asyncio.wait([link.lost for link in links], timeout=PATROL_S, return_when=asyncio.FIRST_COMPLETED)
-            self._patrol()
-
-    def _patrol(self) -> None:
-        """Look up what has waited long, oldest first, a bounded number each time; ask after deployments that may be stuck."""
-        if not self._to_look_at:
-            self._to_look_at = deque(self._pending)
-        old = time.monotonic() - LOOK_AFTER_S
-        by_tag: dict[str, list[bytes]] = {}
-        for _ in range(min(LOOK_AT_ONCE, len(self._to_look_at))):
-            pending = self._pending.get(self._to_look_at[0])
-            if pending is not None and pending.since > old:
-                break
-            ref = self._to_look_at.popleft()
-            if pending is not None:
-                by_tag.setdefault(pending.codec.tag, []).append(ref)
-        for tag, refs in by_tag.items():
-            self._look_at(self.route(tag), refs)
-        for tag in {pending.codec.tag for pending in itertools.islice(self._pending.values(), LOOK_AT_ONCE)}:
-            self._ask_whether_it_can_start(self.route(tag))
-
-    def _ask_whether_it_can_start(self, route: Route) -> None:
-        """Fail who waits for a deployment that cannot start, unless replicas of its former version still serve."""
-
-        def answered(status: Any) -> None:
-            if isinstance(status, list) and status[0] == b"DEPLOY_FAILED" and self._commands is not None:
-                self._commands.send(functools.partial(looked, status), "HVALS", route.keys.replicas)
-
-        def looked(status: list[bytes | None], replicas: Any) -> None:
-            if isinstance(replicas, list) and not any(json.loads(r)["state"] == "RUNNING" for r in replicas):
-                error = deploy_failed(route.tag, *(text.decode() if text else "" for text in status[1:]))
-                for pending in [p for p in self._pending.values() if p.codec.tag == route.tag]:
-                    self._pending.pop(pending.ref, None)
-                    pending.fail(error)
-
-        if self._commands is not None:
-            self._commands.send(answered, "HMGET", route.keys.status, "state", "message", "traceback")
-
-
-def no_such_deployment(tag: str) -> DeploymentNotFoundError:
-    app, _, name = tag.partition(".")
-    return DeploymentNotFoundError(
-        f"there is no deployment {name!r} in application {app!r}; "
-        "`millstream status` lists what is deployed, serve.run(...) deploys",
-        app=app,
-        deployment=name,
-    )
-
-
-def deploy_failed(tag: str, message: str, remote_traceback: str) -> DeployFailedError:
-    return DeployFailedError(
-        f"deployment {tag} cannot start: {message}; mend it and deploy again\n{remote_traceback}".rstrip(),
-        deployment=tag,
-        remote_traceback=remote_traceback,
-    )
+                    self._all_answered(refs, await self._lines.run(scripts.watch(route.keys, "", "", refs)))
 
 
 async def _close_with_loop(engine: Engine) -> AsyncGenerator[None, None]:

@@ -14,8 +14,9 @@ from millstream.errors import ConfigError
 from millstream.handles import arguments, engines, mapping
 from millstream.handles.arguments import RefTask
 from millstream.handles.cell import Cell
-from millstream.handles.engine import Engine, Pending, Route
+from millstream.handles.engine import Engine
 from millstream.handles.ref import ObjectRef
+from millstream.handles.route import Pending, Route
 
 
 @dataclass(frozen=True, slots=True)

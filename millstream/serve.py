@@ -10,12 +10,12 @@ from typing import Any, Literal, overload
 from millstream.broker.codec import codec_for
 from millstream.broker.definitions import Definition, seal
 from millstream.broker.keys import check_name, deployment_tag
+from millstream.broker.outcomes import no_such_deployment
 from millstream.broker.registry import NewDeployment, Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
 from millstream.errors import ConfigError, DeployFailedError
 from millstream.handles import engines
-from millstream.handles.engine import no_such_deployment
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.runtime import ensure_running, with_registry
 from millstream.runtime import shutdown as _shutdown

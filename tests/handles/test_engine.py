@@ -14,7 +14,7 @@ from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 from millstream.handles import engine as engine_module
-from millstream.handles import engines
+from millstream.handles import engines, lines, patrol
 from millstream.handles.ref import ObjectRef
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving, cut
@@ -57,8 +57,8 @@ async def cut_ours(redis: Control, *what: str) -> int:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What usually takes seconds takes fractions of one."""
-    monkeypatch.setattr(engine_module, "PATROL_S", 0.02)
-    monkeypatch.setattr(engine_module, "LOOK_AFTER_S", 0.05)
+    monkeypatch.setattr(lines, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(patrol, "LOOK_AFTER_S", 0.05)
 
 
 # connections
@@ -80,7 +80,7 @@ async def test_burst_survives_the_loss_of_both_connections_and_nothing_runs_twic
         for start in range(0, 2000, 20):
             tasks.start_soon(caller, range(start, start + 20))
         for many in sorted(rng.sample(range(100, 1500), 4)):
-            await wait_until(lambda many=many: len(values) >= many and engines.current()._is_connected)
+            await wait_until(lambda many=many: len(values) >= many and engines.current()._lines.is_connected)
             assert await cut_ours(redis) == 2
 
     assert sorted(values) == list(range(2000))
@@ -107,14 +107,14 @@ async def test_results_of_what_ran_during_the_outage_arrive_after_it(
     handle = serving(Ledger, gate)
     futures = [handle.held.call(x) for x in range(300)]
     await wait_until(lambda: gate.inside == 100)
-    commands = engines.current()._commands
+    commands = engines.current()._lines.commands
     assert commands is not None
 
     await cut_ours(redis, what)
     gate.open()
 
     assert await asyncio.wait_for(asyncio.gather(*futures), 5) == list(range(300))
-    assert engines.current()._commands is not commands
+    assert engines.current()._lines.commands is not commands
 
 
 @pytest.mark.parametrize("how", ["call", "delayed", "dependent", "by id", "another deployment"])
@@ -130,7 +130,7 @@ async def test_request_made_in_the_very_moment_of_the_loss_is_sent_after_it(
         "by id": lambda: asyncio.ensure_future(_value(ObjectRef.from_id(ref.id))),
         "another deployment": lambda: other.call(1),
     }[how]
-    commands = engines.current()._commands
+    commands = engines.current()._lines.commands
     made: list[Any] = []
     assert commands is not None
     commands.lost.add_done_callback(lambda _: made.append(make()))  # before the engine itself has noticed
@@ -188,7 +188,7 @@ async def test_order_of_the_requests_of_a_caller_is_kept(serving: Serving) -> No
 async def test_lost_message_is_made_up_for(serving: Serving, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     handle = serving(Ledger)
     await handle.call("first")
-    replies, swallowed = engines.current()._replies, list[bytes]()
+    replies, swallowed = engines.current()._lines.replies, list[bytes]()
     assert replies is not None
     monkeypatch.setattr(replies, "_on_message", swallowed.append)
 
@@ -206,10 +206,11 @@ async def test_lost_messages_of_many_are_made_up_for_a_bounded_number_at_a_time(
 ) -> None:
     handle = serving(Ledger)
     await handle.call("first")
-    replies = engines.current()._replies
+    replies = engines.current()._lines.replies
     assert replies is not None
     monkeypatch.setattr(replies, "_on_message", lambda message: None)
     monkeypatch.setattr(engine_module, "LOOK_AT_ONCE", 20)
+    monkeypatch.setattr(patrol, "LOOK_AT_ONCE", 20)
     await redis.config_resetstat()
 
     values = await asyncio.wait_for(asyncio.gather(*[handle.call(x) for x in range(200)]), 10)
@@ -272,6 +273,7 @@ async def test_server_that_does_not_come_back_is_given_up_on(
     start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(engine_module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(lines, "PATIENCE_S", 0.3)
     server = start_server()
     engines.use(Settings(server.url, secret_key=b"a secret for tests"))
     serving = Serving(engines.settings())
@@ -280,13 +282,13 @@ async def test_server_that_does_not_come_back_is_given_up_on(
     await asyncio.to_thread(serving.close)
 
     server.kill()
-    waiting: Any = {
+    ways: dict[str, Callable[[], Any]] = {
         "call": lambda: handle.call(1),
         "delayed": lambda: handle.options(delay_s=0.01).call(1),
         "by id": lambda: ObjectRef.from_id(ref.id),
-    }[how]()
+    }
     with pytest.raises(BrokerUnavailableError):
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(ways[how](), 5)
 
     assert await ref == 1, "what has arrived stays"
     engines.close_all()

@@ -473,7 +473,7 @@ async def test_failed_update_of_a_deployment_that_still_serves_fails_nobody(
     running, queued = handle.call(1), handle.call(2)
 
     await redis.hset(keys.status, mapping={"state": "DEPLOY_FAILED", "message": "no GPU"})
-    with anyio.move_on_after(1.2):  # the engine asks every PATROL_S
+    with anyio.move_on_after(1.2):  # the engine asks every LOOK_EVERY_S
         await asyncio.wait([running, queued])
     gate.open()
 
