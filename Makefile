@@ -1,0 +1,59 @@
+# Needs Python 3.11 or newer with venv, and make. `make demo` and `make test` set up the rest by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UP_TO_DATE := $(VENV)/up-to-date
+
+# A virtual environment that happens to be active has nothing to say here.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(UP_TO_DATE) ## make .venv with everything in it (the others do it when needed)
+	@:
+
+demo: setup ## replicas from zero to several and back, over real data, in about a minute
+	@$(BIN)/python -m examples.digits
+
+test: setup ## all tests, on every server that is installed
+	$(BIN)/python -m pytest
+
+test-fast: setup ## the tests that start no processes of ours, on one server
+	$(BIN)/python -m pytest -m "not processes" --servers fake,valkey
+
+check: setup ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## what `make check` would like to see
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## requests per second and latency on this machine
+	$(BIN)/python -m benchmarks.bare_path --rounds 3
+	$(BIN)/python -m benchmarks.end_to_end
+
+clean: ## remove .venv and caches (never .millstream: that is data)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(UP_TO_DATE): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("millstream needs Python 3.11 or newer, and $(PYTHON) is %d.%d: say make PYTHON=/path/to/python3.11" % v[:2])'
+	@export PYTHONWARNINGS=ignore; \
+	if command -v uv >/dev/null; then \
+		echo "setting up $(VENV) with uv" && \
+		uv venv --quiet --allow-existing --python "$(PYTHON)" $(VENV) && \
+		uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dashboard,examples]' --group dev; \
+	else \
+		echo "setting up $(VENV) with pip" && \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
+		$(BIN)/python -m pip install --quiet --editable '.[dashboard,examples]' --group dev; \
+	fi
+	@touch $@

@@ -1,0 +1,1 @@
+"""Examples: `hello.py`, `digits/` (what `make demo` runs) and `fastapi_app/`."""

@@ -1,0 +1,1 @@
+"""Handles inside a FastAPI application."""
