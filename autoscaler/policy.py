@@ -79,7 +79,7 @@ def wanted_by_backlog(scaling: AutoscalingConfig, slots: float, reading: Reading
         return 0, "nothing waits, runs or arrives"
     service = rates.service_time_s
     if service is None:
-        wanted = math.ceil((waiting + in_flight) / (0.7 * slots))
+        wanted = min(waiting + in_flight, math.ceil((waiting + in_flight) / (0.7 * slots)))
         return wanted, f"{waiting} waiting and {in_flight} in flight, service time not known yet"
     flow = rates.arrivals_per_s * service / (slots * UTILISATION)
     drain = waiting * service / (slots * (COLD_START_S + scaling.target_queue_latency_s))
@@ -104,6 +104,8 @@ def _backlog(
     wanted, reason = wanted_by_backlog(scaling, slots, reading, rates)
     if reading.waiting and wanted == 0:
         wanted = 1
+    if not reading.waiting and not reading.in_flight:
+        wanted = min(wanted, target)  # with nothing to do, a rate of the past is no reason to grow
     clamped, reason = _clamp(scaling, wanted, reason)
     memory = _hold(memory, reading.at_s, clamped, scaling.downscale_delay_s)
     inputs = _inputs(reading, rates, wanted)

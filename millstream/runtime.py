@@ -45,6 +45,11 @@ def is_initialized() -> bool:
     return engines.is_initialized()
 
 
+def trouble() -> str:
+    """What of ours keeps ending as soon as it starts, in words; empty if nothing does."""
+    return _tree.trouble if _tree is not None else ""
+
+
 def owns_processes() -> bool:
     """Has this process started any of what it needs?"""
     return _tree is not None
@@ -62,7 +67,11 @@ def shutdown() -> None:
 
 def _use(settings: Settings) -> None:
     engines.use(settings)
-    with_registry(_nothing)
+    try:
+        with_registry(_nothing)
+    except BaseException:
+        engines.close_all()  # a server that cannot be used is not in use
+        raise
     warn_about_public_key(settings)
 
 

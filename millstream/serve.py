@@ -17,7 +17,7 @@ from millstream.deployment import Application, Deployment, Node, compile_graph, 
 from millstream.errors import ConfigError, DeployFailedError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
-from millstream.runtime import ensure_running, with_registry
+from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
 
@@ -111,6 +111,8 @@ async def deploy(registry: Registry, app: str, new: list[NewDeployment], timeout
             )
         if all(is_up(view) for view in present):
             return
+        if trouble():
+            raise DeployFailedError(f"application {app!r} cannot come up: {trouble()}", deployment=app)
         if deadline is not None and time.monotonic() > deadline:
             late = ", ".join(view.name for view in present if not is_up(view))
             raise TimeoutError(f"application {app!r} did not come up within {timeout_s} s: waiting for {late}")
@@ -140,7 +142,11 @@ def status() -> ServeStatus:
 
 
 def shutdown() -> None:
-    """Delete all applications and end the processes that this process has started. No error if nothing runs."""
+    """Delete all applications and end the processes that this process has started. No error if nothing runs.
+
+    All means all on this server and namespace, also those that others have deployed: on a server that is shared, use
+    `delete(name)` and `millstream.shutdown()`.
+    """
     if engines.is_initialized():
 
         async def delete_all(registry: Registry) -> None:
