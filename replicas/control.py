@@ -3,12 +3,13 @@
 import array
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-MAX_LINE = 1024 * 1024  # a traceback may be long
+RETRY_S = 0.005
 
 
 class Control:
@@ -17,6 +18,7 @@ class Control:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         sock.setblocking(False)
+        self._one_at_a_time = asyncio.Lock()
         self.is_orphaned = False
 
     async def send(self, message: dict[str, Any]) -> None:
@@ -41,9 +43,22 @@ class Control:
             for line in lines:
                 yield json.loads(line)
 
-    def send_with_files(self, message: dict[str, Any], files: list[int]) -> None:
-        """Send a short message with open files, at once. Raises OSError if the peer is gone."""
-        socket.send_fds(self._socket, [json.dumps(message).encode() + b"\n"], files)
+    async def send_with_files(self, message: dict[str, Any], files: list[int]) -> None:
+        """Send a message with open files; waits while the peer has enough to read. Raises OSError if it is gone."""
+        data = json.dumps(message).encode() + b"\n"
+        async with self._one_at_a_time:
+            while True:
+                try:
+                    sent = socket.send_fds(self._socket, [data], files)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(RETRY_S)
+                except OSError as e:
+                    if e.errno != errno.ETOOMANYREFS:  # of open files under way; their number is limited, too
+                        raise
+                    await asyncio.sleep(RETRY_S)
+            if sent < len(data):
+                await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
 
     def close(self) -> None:
         self._socket.close()

@@ -6,7 +6,7 @@ recognises.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from millstream.broker import scripts
@@ -18,6 +18,8 @@ from millstream.errors import BrokerUnavailableError
 
 FIELDS = 5  # of one outcome in a finish call
 AT_ONCE = 100  # outcomes per call: the server does nothing else meanwhile
+BYTES_AT_ONCE = 1024 * 1024  # one larger result goes alone; the server cuts off who sends it more than 1 GB in one call
+RETRY_S = 1.0  # when the server refuses, but answers
 log = logging.getLogger("millstream.replica")
 
 
@@ -78,8 +80,8 @@ class Finisher:
         if link is None or not link.is_up:
             return
         for lane, outcomes in self._outcomes.items():
-            for start in range(0, len(outcomes), FIELDS * AT_ONCE):
-                self._send(link, lane, outcomes[start : start + FIELDS * AT_ONCE])
+            for batch in _batches(outcomes):
+                self._send(link, lane, batch)
         self._outcomes.clear()
         if self._notices:
             self._send_notices(link)
@@ -98,7 +100,7 @@ class Finisher:
             self._outcomes[lane] = batch + self._outcomes.get(lane, [])
             if not isinstance(reply, BrokerUnavailableError):
                 log.error("finish was refused by the server and will be tried again: %s", reply)
-                self._loop.call_later(1.0, self._flush)
+            self._loop.call_later(RETRY_S, self._flush)  # unless a new connection sends it sooner
             return
         refused, waiters = reply
         for position, why in refused.items():
@@ -134,6 +136,20 @@ class Finisher:
         for client, items in by_client.items():
             message = b"*%d\r\n%b" % (2 * len(items), b"".join(items))
             link.send(_ignore, "SPUBLISH", self._keys.reply(client.decode()), message)
+
+
+def _batches(outcomes: list[Any]) -> Iterator[list[Any]]:
+    """Cut flat outcomes into calls of at most AT_ONCE, and about BYTES_AT_ONCE."""
+    batch: list[Any] = []
+    size_bytes = 0
+    for i in range(0, len(outcomes), FIELDS):
+        batch += outcomes[i : i + FIELDS]
+        size_bytes += len(outcomes[i + FIELDS - 1])
+        if len(batch) == FIELDS * AT_ONCE or size_bytes >= BYTES_AT_ONCE:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _ignore(reply: Any) -> None:

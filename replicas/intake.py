@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from typing import Any
 
 from millstream.broker import scripts
@@ -25,9 +24,8 @@ class Intake:
         # Half of the slots at a time: while one half runs, the claim of the other is in the air.
         self._at_once = max(1, (max_ongoing + 1) // 2)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
-        self._direct_reads, self._direct_lane = 0, b""
+        self._direct_reads, self._direct_lane, self._was_direct = 0, b"", False
         self.is_draining = False
-        self.last_answer = time.monotonic()  # of the server: proof that this replica gets work
 
     @property
     def free(self) -> int:
@@ -42,9 +40,13 @@ class Intake:
                 claim = self._claim(reads, 0)
                 continue
             claimed, claim = self._read(await claim), None
+            if not claimed and self._was_direct:
+                # Not to block now: that brings one request of each lane at once, and the surplus would lose its place.
+                self._direct_reads = 0
+                claim = self._claim(reads, 0)
+                continue
             if not claimed and not self.is_draining:
                 claimed = await self._within_slots(await self._block(reads), writes)
-            self.last_answer = time.monotonic()
             if not self.is_draining:
                 claim = self._claim(reads, sum(len(entries) for _, entries in claimed))
             self._start(claimed)
@@ -56,7 +58,8 @@ class Intake:
         count = min(self._at_once, self.free - about_to_start)
         if count <= 0:
             return None
-        if self._direct_reads > 0:
+        self._was_direct = self._direct_reads > 0
+        if self._was_direct:
             self._direct_reads -= 1
             command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", count, "STREAMS", self._direct_lane, ">")
             return reads.ask(*command)
@@ -111,12 +114,17 @@ class Intake:
             return
         self._executor.start(attempt)
 
-    async def reconcile(self, reads: Link) -> None:
-        """After a reconnect: run what the server delivered in a reply that never arrived."""
+    async def reconcile(self, reads: Link, writes: Link) -> None:
+        """After a reconnect: run what the server delivered in a reply that never arrived, as far as there are slots."""
         for lane in self._keys.lanes:
             name = self._lane_names[lane.encode()]
             for _, entries in await reads.ask("XREADGROUP", "GROUP", GROUP, self._replica, "STREAMS", lane, "0") or []:
-                for entry, fields in entries:
-                    if fields and not self._executor.holds(name, entry):
-                        log.warning("request %s was delivered in a lost reply: it starts now", entry.decode())
-                        self._start_one(name, entry, fields)
+                unheard_of = [
+                    (entry, fields) for entry, fields in entries if fields and not self._executor.holds(name, entry)
+                ]
+                slots = max(0, self.free)
+                for entry, fields in unheard_of[:slots]:
+                    log.warning("request %s was delivered in a lost reply: it starts now", entry.decode())
+                    self._start_one(name, entry, fields)
+                if surplus := [entry for entry, _ in unheard_of[slots:]]:
+                    await writes.run(scripts.hand_back(self._keys, name, name, surplus))

@@ -34,6 +34,7 @@ from millstream.replicas.reconcile import Running, reconcile
 
 TICK_S = 1.0  # a lost wake-up costs at most this
 START_FAILURES = 3  # in a row, of one version: then it cannot start
+MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
 QUICK_DEATH_S = 5.0  # a replica that lives no longer is started again with a growing delay
 log = logging.getLogger("millstream.launcher")
 
@@ -58,7 +59,7 @@ class Launcher:
         self._given_up: set[tuple[str, str]] = set()
         self._not_before: dict[str, float] = {}  # tag -> when the next start may be, after quick deaths
         self._quick_deaths: dict[str, int] = {}
-        self._told: set[tuple[str, str]] = set()  # applications whose user has heard that they cannot be forked
+        self._unforkable: set[tuple[str, str]] = set()  # (app, version) that started threads while it was imported
         self._outage = Outage(log)
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
@@ -138,12 +139,16 @@ class Launcher:
         plan = await self._registry.plan(self.node)
         actions = reconcile(plan, self._running())
         for replica in actions.drain:
-            await self._drain(self._replicas[replica])
+            await self._drain(self._replicas.get(replica))  # it may have died meanwhile, or not have been forked yet
         for (tag, version), count in actions.start.items():
             if (tag, version) not in self._given_up and self._not_before.get(tag, 0) <= time.monotonic():
                 for _ in range(count):
                     self._starting[tag, version] = self._starting.get((tag, version), 0) + 1
                     self._start_task(self._start(tag, version))
+        for app, version in {(tag.partition(".")[0], version) for tag, (_, version) in plan.items()}:
+            known = self._parents.keys() | self._unforkable
+            if (app, version) not in known and not any(gone == version for _, gone in self._given_up):
+                self._start_task(self._warm_up(app, version))
         await self._kill_the_hung()
         self._close_unused_parents({(tag.partition(".")[0], version) for tag, (_, version) in plan.items()})
 
@@ -165,17 +170,13 @@ class Launcher:
         return DeploymentConfig.from_json(text) if text else DeploymentConfig()
 
     async def _kill_the_hung(self) -> None:
+        self._kill_the_late()
         now = time.monotonic()
         for process in list(self._replicas.values()):
-            if process.kill_at is not None and now > process.kill_at:
-                log.warning("replica %s did not end in time: killed", process.replica)
-                process.kill()
-            elif process.is_ready and now - process.well_at > 2 * TICK_S:
-                limit = (await self._config(process.tag)).health_check_timeout_s
-                if now - process.well_at > limit:
-                    log.warning(
-                        "replica %s has not answered for %.0f s: killed", process.replica, now - process.well_at
-                    )
+            silent_s = now - process.well_at
+            if process.is_ready and process.kill_at is None and silent_s > 2 * TICK_S:
+                if silent_s > (await self._config(process.tag)).health_check_timeout_s:
+                    log.warning("replica %s has not answered for %.0f s: killed", process.replica, silent_s)
                     process.kill()
 
     def _close_unused_parents(self, used: set[tuple[str, str]]) -> None:
@@ -184,6 +185,22 @@ class Launcher:
             self._parents.pop(key).close()
 
     # starting
+
+    async def _warm_up(self, app: str, version: str) -> None:
+        """Import the application ahead of its first replica: what is deployed at zero answers its first request fast."""
+        record = None
+        try:
+            record = (await self._registry.apps()).get(app)
+            if record is None or record.version != version:
+                return
+            methods = {(await self._config(tag)).start_method for tag in record.tags}
+            if methods != {"spawn"} and (app, version) not in self._parents:
+                await self._shared_parent(app, version, record.tags, fork_anyway="fork" in methods)
+        except WarmFailed as e:
+            for tag in record.tags if record is not None else ():
+                await self._give_up(tag, version, str(e), e.traceback)
+        except DOWN:
+            return  # the next pass tries again
 
     async def _start(self, tag: str, version: str) -> None:
         try:
@@ -205,7 +222,13 @@ class Launcher:
         if record is None or record.version != version:
             return  # replaced meanwhile; the plan will say so
         config = await self._config(tag)
-        parent = await self._warm_parent(app, version, record.tags, config.start_method)
+        parent = None
+        if config.start_method != "spawn":
+            fork_anyway = config.start_method == "fork"
+            parent = await self._shared_parent(app, version, record.tags, fork_anyway=fork_anyway)
+        if parent is None:
+            parent = self._blank_parent()
+            await parent.warm(app, record.tags, spawn=True)
         replica = f"r-{secrets.token_hex(3)}"
         keys = self._registry.keys_of(tag)
         out_read, out_write = os.pipe()
@@ -229,30 +252,28 @@ class Launcher:
         self._start_task(process.listen(self._heard))
         process.watch(self._died)
 
-    async def _warm_parent(self, app: str, version: str, tags: list[str], method: str | None) -> WarmParent:
-        """The application's parent, started if need be; one of its own for a replica that may not be forked."""
+    async def _shared_parent(self, app: str, version: str, tags: list[str], *, fork_anyway: bool) -> WarmParent | None:
+        """The parent that forks this application's replicas, started if need be; None when it may not be forked."""
         key = (app, version)
-        if method != "spawn":
-            parent = self._parents.get(key)
-            if parent is None or not parent.is_alive:
-                parent = self._parents[key] = self._blank_parent()
-                parent.warming = asyncio.ensure_future(
-                    parent.warm(app, tags, spawn=False, fork_anyway=method == "fork")
-                )
-            try:
-                assert parent.warming is not None
-                await asyncio.shield(parent.warming)
-                return parent
-            except CannotFork as e:
-                if key not in self._told:
-                    self._told.add(key)
-                    log.warning("%s: %s; its replicas start as fresh processes, more slowly", app, e)
-            except WarmFailed:
+        if key in self._unforkable:
+            return None
+        parent = self._parents.get(key)
+        if parent is None or not parent.is_alive:
+            parent = self._parents[key] = self._blank_parent()
+            parent.warming = asyncio.ensure_future(parent.warm(app, tags, spawn=False, fork_anyway=fork_anyway))
+        try:
+            assert parent.warming is not None
+            await asyncio.shield(parent.warming)
+            return parent
+        except CannotFork as e:
+            if key not in self._unforkable:
+                self._unforkable.add(key)
                 self._parents.pop(key, None)
-                raise
-        parent = self._blank_parent()
-        await parent.warm(app, tags, spawn=True)
-        return parent
+                log.warning("%s: %s; its replicas start as fresh processes, more slowly", app, e)
+            return None
+        except WarmFailed:
+            self._parents.pop(key, None)
+            raise
 
     def _blank_parent(self) -> WarmParent:
         """The spare one, whose Python is up already, or a new one."""
@@ -291,7 +312,8 @@ class Launcher:
                 break
             except DOWN:
                 await anyio.sleep(next(delays))
-        if requeued or (process.is_ready and not process.is_draining):
+        is_in_order = process.is_draining or how == "exited"  # it drains by itself when it first hears of a removal
+        if requeued or (process.is_ready and not is_in_order):
             also = f"; {requeued} requests go to others" if requeued else ""
             log.warning("replica %s of %s (pid %d) %s%s", process.replica, process.tag, process.pid, how, also)
         if not process.is_draining:
@@ -341,17 +363,33 @@ class Launcher:
             await self._registry.announce(f"node {self.node} is leaving")
         except DOWN as e:
             log.warning("the node could not be taken off the list: %s", e)
-        for process in list(self._replicas.values()):
-            try:
-                await self._drain(process)
-            except DOWN:
-                await process.drain(DeploymentConfig().graceful_shutdown_timeout_s)
+        give_up = time.monotonic() + DeploymentConfig().graceful_shutdown_timeout_s
+        for tags in [*await self._callers_first(), [process.tag for process in self._replicas.values()]]:
+            for process in [process for process in self._replicas.values() if process.tag in tags]:
+                try:
+                    await self._drain(process)
+                except DOWN:
+                    await process.drain(DeploymentConfig().graceful_shutdown_timeout_s)
+            while time.monotonic() < give_up and any(process.tag in tags for process in self._replicas.values()):
+                self._kill_the_late()
+                await anyio.sleep(0.01)
         while self._replicas:
-            now = time.monotonic()
-            for process in list(self._replicas.values()):
-                if process.kill_at is not None and now > process.kill_at:
-                    process.kill()
+            self._kill_the_late()
             await anyio.sleep(0.01)
+
+    async def _callers_first(self) -> list[list[str]]:
+        """Tags in the order to drain them: what finishes its requests may need those that it calls."""
+        try:
+            records = (await self._registry.apps()).values()
+        except DOWN:
+            return []
+        return [[record.tags[i] for record in records if i < len(record.tags)] for i in range(MOST_WAVES)]
+
+    def _kill_the_late(self) -> None:
+        for process in list(self._replicas.values()):
+            if process.kill_at is not None and time.monotonic() > process.kill_at:
+                log.warning("replica %s did not end in time: killed", process.replica)
+                process.kill()
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         async def go() -> None:

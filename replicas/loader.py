@@ -53,7 +53,8 @@ class Served:
                     method=name,
                 )
         body = function if inspect.isroutine(function) else type(function).__call__
-        return Method(function, inspect.iscoroutinefunction(body), _is_prompt(body))
+        is_async = inspect.iscoroutinefunction(body) or inspect.iscoroutinefunction(function)  # a functools.partial
+        return Method(function, is_async, _is_prompt(body))
 
     def public_methods(self) -> list[str]:
         if inspect.isroutine(self.instance):

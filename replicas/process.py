@@ -58,7 +58,7 @@ class WarmParent:
         """Have it fork (or become) a replica; the pid. Raises WarmFailed if the process has gone."""
         forked = self._forked[order["replica"]] = asyncio.get_running_loop().create_future()
         try:
-            self._control.send_with_files(order, files)
+            await self._control.send_with_files(order, files)
         except OSError as e:
             raise WarmFailed("the warm parent has gone") from e
         pid: int = await forked

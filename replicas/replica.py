@@ -5,13 +5,14 @@ its death and speaks with it over a socket; when the launcher dies, the replica 
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -120,7 +121,7 @@ class Replica:
                 await self._come_up(reads, writes, intake, finisher)
                 delays = backoff()
                 outage.ended()
-                await intake.run(reads, writes)
+                await self._claim_until_lost(intake, reads, writes)
                 return
             except BrokerUnavailableError as e:
                 outage.began(e)
@@ -128,6 +129,17 @@ class Replica:
             finally:
                 if not intake.is_draining:
                     self._hang_up()
+
+    async def _claim_until_lost(self, intake: Intake, reads: Link, writes: Link) -> None:
+        """Claim until draining. Raises BrokerUnavailableError when either connection is lost, also while all slots are taken."""
+        claiming = asyncio.create_task(intake.run(reads, writes))
+        try:
+            await asyncio.wait([claiming, reads.lost, writes.lost], return_when=asyncio.FIRST_COMPLETED)
+            if not claiming.done():
+                raise BrokerUnavailableError("a connection to the server was lost")
+            await claiming
+        finally:
+            claiming.cancel()
 
     def _hang_up(self) -> None:
         for link in (self._reads, self._writes):
@@ -141,7 +153,7 @@ class Replica:
             return
         await writes.run(scripts.groups(self._keys))
         await self._register("RUNNING", [reads.client_id, writes.client_id])
-        await intake.reconcile(reads)
+        await intake.reconcile(reads, writes)
         finisher.resume(writes)
         await self._control.send({"ready": [reads.client_id, writes.client_id]})
 
@@ -189,18 +201,26 @@ class Replica:
         self, intake: Intake, executor: Executor, finisher: Finisher, serving: asyncio.Task[None], supplier: Supplier
     ) -> None:
         """Stop claiming, hand back what was not started, let the rest finish until the deadline, say goodbye."""
-        deadline = time.monotonic() + self._birth.config.graceful_shutdown_timeout_s
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+            async with asyncio.timeout(self._birth.config.graceful_shutdown_timeout_s):
                 intake.is_draining = True
-                await self._register("DRAINING")
-                if self._reads is not None:
-                    await self._ask("CLIENT", "UNBLOCK", self._reads.client_id)
                 executor.slot_freed.set()
+                with contextlib.suppress(BrokerUnavailableError):  # what runs here may still end after the outage
+                    await self._stop_reading()
                 await asyncio.wait([serving])
-                await self._hand_back(executor)
-                await _until(lambda: not executor.running and finisher.is_idle and not self._chores)
-        except (TimeoutError, BrokerUnavailableError) as e:
+                with contextlib.suppress(BrokerUnavailableError):
+                    await self._hand_back(executor)
+                await self._finish_up(executor, finisher)
+                await bury(
+                    self._run,
+                    self._ask_about_others,
+                    supplier,
+                    self._keys,
+                    self._birth.replica,
+                    "drained",
+                    expired=False,
+                )
+        except (TimeoutError, BrokerUnavailableError) as e:  # whoever buries us releases what we hold
             if left := len(executor.running):
                 log.warning(
                     "replica %s could not finish in time (%s): %d requests run elsewhere",
@@ -208,10 +228,23 @@ class Replica:
                     str(e) or "deadline",
                     left,
                 )
-            return  # whoever buries us releases them
-        await bury(
-            self._run, self._ask_about_others, supplier, self._keys, self._birth.replica, "drained", expired=False
-        )
+
+    async def _stop_reading(self) -> None:
+        await self._register("DRAINING")
+        if self._reads is not None:
+            await self._ask("CLIENT", "UNBLOCK", self._reads.client_id)
+
+    async def _finish_up(self, executor: Executor, finisher: Finisher) -> None:
+        """Wait until nothing runs and the server knows all outcomes; over a new connection where the old one was lost."""
+        delays = backoff()
+        while executor.running or self._chores or not finisher.is_idle:
+            if self._writes is None or not self._writes.is_up:
+                try:
+                    self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
+                    finisher.resume(self._writes)
+                except BrokerUnavailableError:
+                    await asyncio.sleep(next(delays))
+            await asyncio.sleep(0.005)  # three owners would have to set an event; this runs once in a life
 
     async def _hand_back(self, executor: Executor) -> None:
         by_lane: dict[str, list[bytes]] = {}
@@ -246,8 +279,3 @@ def _down() -> asyncio.Future[Any]:
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     future.set_exception(BrokerUnavailableError("the connection to the server is down"))
     return future
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - three owners would have to set an event; this runs once in a life
-        await asyncio.sleep(0.005)
