@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 
 from millstream.autoscaler.placement import place
-from millstream.autoscaler.policy import Memory, decide
+from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
@@ -115,15 +115,15 @@ class Autoscaler:
         for node, plan in plans.items():
             for tag in plan.keys() - deployed:
                 await self._registry.unassign(node, tag)
-        for tag in self._histories.keys() - deployed:
-            del self._histories[tag]
+        for tag in (self._histories.keys() | self._memories.keys()) - deployed:
+            self._histories.pop(tag, None)
             self._memories.pop(tag, None)
 
     async def _wait_for_something(self, views: list[DeploymentView]) -> None:
         """Until the next tick, a change of what is deployed, or the first request of a deployment at zero."""
         streams = {self._registry.keys.changes: self._last_change}
         for view in views:
-            if view.target == 0:
+            if view.target == 0 and is_scaled(view.config, view.override):
                 lanes = self._registry.keys_of(view.tag).lanes
                 streams.update(zip(lanes, view.backlog.last_ids, strict=True))
         for name, entries in await self._client.xread(streams, block=int(TICK_S * 1000)) or ():

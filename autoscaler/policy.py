@@ -64,6 +64,11 @@ def decide(
     return policy(scaling, config.max_ongoing_requests or 1, target, reading, rates, memory, window)
 
 
+def is_scaled(config: DeploymentConfig, override: dict[str, Any] | None) -> bool:
+    """Does the load decide, and not a fixed number?"""
+    return config.autoscaling is not None and "num_replicas" not in (override or {})
+
+
 def _remember_work(memory: Memory, reading: Reading, window: list[Reading]) -> Memory:
     # Short requests come and go between two readings: only the count of arrivals shows them.
     has_worked = len(window) > 1 and reading.backlog.arrivals > window[-2].backlog.arrivals

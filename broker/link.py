@@ -6,6 +6,7 @@ Reconnecting is the owner's business: a link that is lost stays lost.
 
 import asyncio
 import functools
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from millstream.errors import BackPressureError, BrokerUnavailableError, Millstr
 T = TypeVar("T")
 Callback = Callable[[Any], None]
 
+DEAD_AFTER_S = 20
 CONNECT_TIMEOUT_S = 5.0  # a server that does not even answer AUTH for so long is down
 pack = hiredis.pack_command
 
@@ -41,6 +43,7 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        _notice_a_silent_death(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         reader, callbacks = self._reader, self._callbacks
@@ -106,6 +109,24 @@ class Link(asyncio.Protocol):
         """Close at once. Pending callbacks get BrokerUnavailableError."""
         if self._transport is not None:
             self._transport.abort()
+
+
+def _notice_a_silent_death(sock: socket.socket) -> None:
+    """Have the kernel end a connection whose peer or network has gone without a word, after about DEAD_AFTER_S.
+
+    Else the first call of a morning would hang for the 15 minutes that TCP goes on trying.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", DEAD_AFTER_S // 2),
+        ("TCP_KEEPINTVL", DEAD_AFTER_S // 4),
+        ("TCP_KEEPCNT", 2),
+        ("TCP_USER_TIMEOUT", DEAD_AFTER_S * 1000),
+    ):
+        if hasattr(socket, name):  # not all of them on macOS
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _settle(future: asyncio.Future[Any], reply: Any) -> None:

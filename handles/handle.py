@@ -191,13 +191,12 @@ class DeploymentHandle(_Handle):
 
     def _route_here(self) -> tuple[Engine, Route]:
         engine = self._engine
-        loop = engines.running_loop()
-        if loop is None:
-            raise RuntimeError(
-                f"no event loop runs in this thread, and {self!r} needs one; "
-                f"call it in a coroutine, or use SyncHandle({self._deployment!r}, {self._app!r})"
-            )
-        if engine is None or engine.is_closed or engine.loop is not loop:
+        if engine is None or engine.is_closed or engine.loop is not asyncio._get_running_loop():
+            if engines.running_loop() is None:
+                raise RuntimeError(
+                    f"no event loop runs in this thread, and {self!r} needs one; "
+                    f"call it in a coroutine, or use SyncHandle({self._deployment!r}, {self._app!r})"
+                )
             engine = self._engine = engines.current()
             self._route = engine.route(self._tag)
         assert self._route is not None

@@ -1,5 +1,6 @@
 """`@serve.deployment`, `.bind()` and the graph they make: values that say what to run, with no side effects."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -115,9 +116,7 @@ def _walk(application: Application) -> Iterator[Application]:
         if node not in seen:
             seen.add(node)
             yield node
-            found: list[Application] = []
-            _replaced((node.args, node.kwargs), lambda inner, found=found: found.append(inner))  # type: ignore[misc]
-            todo += found
+            _replaced((node.args, node.kwargs), lambda inner: todo.append(inner) or inner)  # type: ignore[func-returns-value]
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -127,13 +126,20 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _replaced(value: Any, make: Callable[[Application], Any]) -> Any:
-    """`value` with every node in it, in containers and dataclasses at any depth, replaced."""
+    """`value` with every node in it, in containers and dataclasses at any depth, replaced; itself if there is none."""
     if isinstance(value, Application):
         return make(value)
     if isinstance(value, dict):
-        return {key: _replaced(item, make) for key, item in value.items()}
+        new = {key: _replaced(item, make) for key, item in value.items()}
+        if all(new[key] is value[key] for key in value):
+            return value
+        changed = copy.copy(value)  # a defaultdict stays one
+        changed.update(new)
+        return changed
     if isinstance(value, list | tuple | set | frozenset):
         items = [_replaced(item, make) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
         changes = {f.name: _replaced(getattr(value, f.name), make) for f in fields(value) if f.init}

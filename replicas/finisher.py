@@ -140,6 +140,9 @@ class Finisher:
 
 def _batches(outcomes: list[Any]) -> Iterator[list[Any]]:
     """Cut flat outcomes into calls of at most AT_ONCE, and about BYTES_AT_ONCE."""
+    if len(outcomes) <= FIELDS * AT_ONCE and sum(map(len, outcomes[FIELDS - 1 :: FIELDS])) <= BYTES_AT_ONCE:
+        yield outcomes  # nearly always; looking at each one costs 0.3 us
+        return
     batch: list[Any] = []
     size_bytes = 0
     for i in range(0, len(outcomes), FIELDS):

@@ -174,10 +174,11 @@ class Launcher:
         now = time.monotonic()
         for process in list(self._replicas.values()):
             silent_s = now - process.well_at
-            if process.is_ready and process.kill_at is None and silent_s > 2 * TICK_S:
-                if silent_s > (await self._config(process.tag)).health_check_timeout_s:
-                    log.warning("replica %s has not answered for %.0f s: killed", process.replica, silent_s)
-                    process.kill()
+            if not process.is_ready or process.kill_at is not None or silent_s <= 2 * TICK_S:
+                continue
+            if silent_s > (await self._config(process.tag)).health_check_timeout_s:
+                log.warning("replica %s has not answered for %.0f s: killed", process.replica, silent_s)
+                process.kill()
 
     def _close_unused_parents(self, used: set[tuple[str, str]]) -> None:
         busy = {(tag.partition(".")[0], version) for tag, version in self._starting}

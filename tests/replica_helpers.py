@@ -10,7 +10,7 @@ import itertools
 import secrets
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -167,12 +167,27 @@ class Stage:
 
     async def submit(self, client: Client, *calls: Any, lane: str = "normal", method: str = "__call__") -> list[str]:
         """Submit one call per argument in one script, without an engine; their refs. Nobody hears of the results."""
+
+        def seal(ref: bytes, argument: Any) -> bytes:
+            return self._codec.seal("request", ref, pickling.dump(((argument,), {}), "a call"), method.encode())
+
+        return await self._submit(client, calls, lane, method, seal)
+
+    async def submit_json(self, client: Client, *calls: list[Any], method: str = "__call__") -> list[str]:
+        """As `submit`, as a caller in another language does it; each call is a list of arguments."""
+
+        def seal(ref: bytes, arguments: Any) -> bytes:
+            return self._codec.seal_json("request", ref, [arguments, {}], method.encode())
+
+        return await self._submit(client, calls, "normal", method, seal)
+
+    async def _submit(
+        self, client: Client, calls: Sequence[Any], lane: str, method: str, seal: Callable[[bytes, Any], bytes]
+    ) -> list[str]:
         refs = [secrets.token_hex(11) for _ in calls]
         batch: list[Any] = []
-        for ref, argument in zip(refs, calls, strict=True):
-            body = pickling.dump(((argument,), {}), "a call")
-            envelope = self._codec.seal("request", ref.encode(), body, method.encode())
-            batch += [ref.encode(), lane, method.encode(), "", envelope]
+        for ref, arguments in zip(refs, calls, strict=True):
+            batch += [ref.encode(), lane, method.encode(), "", seal(ref.encode(), arguments)]
         await run(client, scripts.submit(self.keys, "", batch))
         return refs
 

@@ -1,0 +1,36 @@
+"""Replicas on the test's own loop. One server is enough here; `tests/broker` covers what differs between them."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from millstream.config import Settings
+from millstream.handles import engines
+from tests.replica_helpers import Stage, keep_one_server
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "every_server: runs on all chosen servers, also where one is enough for the others"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_one_server(config, items, Path(__file__).parent)
+
+
+@pytest.fixture
+def connected(settings: Settings) -> Iterator[Settings]:
+    """This process uses the test server, as after `millstream.init`."""
+    engines.use(settings)
+    yield settings
+    engines.close_all()
+
+
+@pytest.fixture
+async def stage(connected: Settings) -> AsyncIterator[Stage]:
+    """One deployment, `app.Model`, and its replicas: `replica = await stage.start(Model)`."""
+    stage = Stage(connected)
+    yield stage
+    await stage.drain()
