@@ -42,10 +42,7 @@ _numbers = itertools.count(1)
 
 
 def keep_one_server(config: pytest.Config, items: list[pytest.Item], folder: Path) -> None:
-    """Run the tests of a folder on one of the chosen servers only: what differs between servers is tested in `broker`.
-
-    Those marked `every_server` run on all of them.
-    """
+    """Run the tests of a folder on one of the chosen servers only: what differs between servers is tested in `broker`."""
     dropped = {item for item in items if item.path.is_relative_to(folder) and not _is_kept(config, item)}
     if dropped:
         items[:] = [item for item in items if item not in dropped]
@@ -54,7 +51,7 @@ def keep_one_server(config: pytest.Config, items: list[pytest.Item], folder: Pat
 
 def _is_kept(config: pytest.Config, item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    if callspec is None or "server" not in callspec.params or item.get_closest_marker("every_server"):
+    if callspec is None or "server" not in callspec.params:
         return True
     chosen = config.getoption("--servers").split(",")
     server: str = callspec.params["server"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from millstream.replicas.control import Control, PlainControl
+from tests.helpers import wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -98,7 +99,7 @@ async def test_orders_to_a_busy_peer_wait_until_it_reads(sockets: tuple[socket.s
 
     file = sockets[0].fileno()
     sending = [asyncio.create_task(control.send_with_files(order, [file])) for _ in range(250)]
-    await asyncio.sleep(0.01)
+    await wait_until(lambda: any(one.done() for one in sending))
     assert not all(one.done() for one in sending), "the socket holds so many: this test needs more"
 
     for _ in range(250):

@@ -20,7 +20,6 @@ async def relayed(*pieces: bytes, prefix: str = "> ") -> list[str]:
     relaying = asyncio.create_task(relay(read, prefix, target))
     for piece in pieces:
         await asyncio.to_thread(os.write, write, piece)
-        await asyncio.sleep(0.002)
     os.close(write)
     await asyncio.wait_for(relaying, 5)
     return target.getvalue().splitlines()
