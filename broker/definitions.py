@@ -4,6 +4,7 @@ Signed and pickled under the deployment's `definition` key. Only the warm parent
 """
 
 import importlib
+import inspect
 import os
 import sys
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from typing import Any
 
 from millstream.broker import pickling
 from millstream.broker.codec import Codec
+from millstream.config import DeploymentConfig
 from millstream.errors import DeployFailedError
 
+ASYNC_ONGOING = 100  # default max_ongoing_requests of a deployment with an async method
 REF = b"definition"  # takes the place of the ref in its signature
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 
@@ -48,6 +51,21 @@ class ByPath:
         for part in self.name.split("."):
             found = getattr(found, part)
         return getattr(found, "func_or_class", found)
+
+
+def has_async_methods(target: Any) -> bool:
+    """Does a class have a public async method, or is a function async?"""
+    if not inspect.isclass(target):
+        return inspect.iscoroutinefunction(target)
+    names = [name for name in dir(target) if not name.startswith("_") or name == "__call__"]
+    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
+
+
+def max_ongoing(target: Any, config: DeploymentConfig) -> int:
+    """How many requests a replica of this class or function runs at once, where its config leaves that open, too."""
+    if config.max_ongoing_requests is not None:
+        return config.max_ongoing_requests
+    return ASYNC_ONGOING if has_async_methods(target) else config.sync_threads
 
 
 def importable(target: Any) -> ByPath | None:

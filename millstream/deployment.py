@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NoReturn, overload
 
+from millstream.broker.definitions import max_ongoing
 from millstream.broker.keys import check_name
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError
 from millstream.handles.handle import DeploymentHandle
-
-ASYNC_ONGOING = 100  # default max_ongoing_requests of a deployment with an async method
 
 
 class Deployment:
@@ -84,10 +83,7 @@ class Node:
     def config(self) -> DeploymentConfig:
         """With `max_ongoing_requests` settled: the autoscaler, which imports no user code, goes by it."""
         config = self.deployment.config
-        if config.max_ongoing_requests is not None:
-            return config
-        ongoing = ASYNC_ONGOING if has_async_methods(self.deployment.func_or_class) else config.sync_threads
-        return replace(config, max_ongoing_requests=ongoing)
+        return replace(config, max_ongoing_requests=max_ongoing(self.deployment.func_or_class, config))
 
 
 def compile_graph(application: Application, app_name: str) -> list[Node]:
@@ -146,14 +142,6 @@ def _replaced(value: Any, make: Callable[[Application], Any]) -> Any:
         if any(changes[name] is not getattr(value, name) for name in changes):
             return replace(value, **changes)
     return value
-
-
-def has_async_methods(target: Any) -> bool:
-    """Does a class have a public async method, or is a function async?"""
-    if not inspect.isclass(target):
-        return inspect.iscoroutinefunction(target)
-    names = [name for name in dir(target) if not name.startswith("_") or name == "__call__"]
-    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
 
 
 def _checked_name(name: Any) -> str:

@@ -8,11 +8,9 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any
 
-from millstream.broker.definitions import Definition
+from millstream.broker.definitions import Definition, max_ongoing
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError, MillstreamError
-
-ASYNC_ONGOING = 100  # default max_ongoing_requests of a deployment with an async method
 
 # Opcodes at which a coroutine may give up control, over the Python versions we support.
 _SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "SEND", "YIELD_VALUE"}
@@ -66,19 +64,9 @@ class Served:
         """To look at one would run the user's code."""
         return isinstance(inspect.getattr_static(self.instance, name, None), property | cached_property)
 
-    @property
-    def has_async_methods(self) -> bool:
-        return any(
-            self._bind(name).is_async
-            for name in self.public_methods()
-            if not name.startswith("_") or name == "__call__"
-        )
-
     def max_ongoing(self, config: DeploymentConfig) -> int:
         """How many requests may run here at once."""
-        if config.max_ongoing_requests is not None:
-            return config.max_ongoing_requests
-        return ASYNC_ONGOING if self.has_async_methods else config.sync_threads
+        return max_ongoing(self.instance if inspect.isroutine(self.instance) else type(self.instance), config)
 
 
 def _is_prompt(function: Any) -> bool:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from millstream import serve
+from millstream.broker.definitions import has_async_methods
 from millstream.config import AutoscalingConfig, DeploymentConfig
-from millstream.deployment import Application, Deployment, Node, compile_graph, has_async_methods
+from millstream.deployment import Application, Deployment, Node, compile_graph
 from millstream.errors import ConfigError
 from millstream.handles.handle import DeploymentHandle
 

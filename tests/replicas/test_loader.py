@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.definitions import Definition
+from millstream.broker.definitions import ASYNC_ONGOING, Definition
 from millstream.config import DeploymentConfig
 from millstream.errors import MillstreamError
-from millstream.replicas.loader import ASYNC_ONGOING, Served, build
+from millstream.replicas.loader import Served, build
 
 
 async def nothing() -> None:
@@ -184,7 +184,7 @@ def test_properties_are_not_looked_at() -> None:
     served = Served(Model(), "app.Model")
 
     assert served.public_methods() == ["predict"]
-    assert not served.has_async_methods
+    assert served.max_ongoing(DeploymentConfig()) == 1
 
 
 # how many at once
