@@ -19,7 +19,6 @@ from typing import Any, Literal
 from millstream.broker import pickling
 from millstream.errors import SignatureError
 
-VERSION = 1
 HEADER_BYTES = 18
 Kind = Literal["request", "value", "error", "definition", "check"]
 

@@ -24,7 +24,7 @@ INSTALL_DASHBOARD = "the dashboard needs two packages more: pip install 'millstr
 owned_option = click.option("--owned", is_flag=True, hidden=True)
 
 
-class Worker(Protocol):
+class Component(Protocol):
     async def run(self) -> None: ...
     def stop(self) -> None: ...
 
@@ -45,12 +45,12 @@ def launcher(server: Server, node: str | None, verbose: bool, owned: bool) -> No
     if node is not None:
         _check_node(server, node)
 
-    def make() -> Worker:
+    def make() -> Component:
         from millstream.replicas.launcher import Launcher
 
-        worker = Launcher(settings, node)
-        _begin(f"launcher {worker.node}", settings, owned=owned)
-        return worker
+        component = Launcher(settings, node)
+        _begin(f"launcher {component.node}", settings, owned=owned)
+        return component
 
     _run(make, owned=owned, ending="ending: replicas finish what they run (Ctrl-C again leaves them to it)")
 
@@ -66,7 +66,7 @@ def autoscaler(server: Server, verbose: bool, owned: bool) -> None:
     """
     settings = _prepared(server, verbose=verbose, owned=owned)
 
-    def make() -> Worker:
+    def make() -> Component:
         from millstream.autoscaler.autoscaler import Autoscaler
 
         _begin("autoscaler", settings, owned=owned)
@@ -89,7 +89,7 @@ def dashboard(server: Server, host: str, port: int, verbose: bool, owned: bool) 
         raise click.ClickException(INSTALL_DASHBOARD)
     settings = _prepared(server, verbose=verbose, owned=owned, only_looks=True)
 
-    def make() -> Worker:
+    def make() -> Component:
         _begin("dashboard", settings, owned=owned)
         return _Dashboard(settings, host, port)
 
@@ -177,11 +177,11 @@ def _begin(what: str, settings: Settings, *, owned: bool) -> None:
 # while
 
 
-def _run(make: Callable[[], Worker], *, owned: bool, ending: str = "ending") -> None:
+def _run(make: Callable[[], Component], *, owned: bool, ending: str = "ending") -> None:
     import asyncio
 
     async def work() -> None:
-        loop, worker = asyncio.get_running_loop(), make()
+        loop, component = asyncio.get_running_loop(), make()
         is_told = False
 
         def stop(number: signal.Signals) -> None:
@@ -191,16 +191,16 @@ def _run(make: Callable[[], Worker], *, owned: bool, ending: str = "ending") -> 
             if not is_told and not owned:
                 tell(f"millstream: {ending}")
             is_told = True
-            worker.stop()
+            component.stop()
 
         def owner_is_gone() -> None:
             loop.remove_reader(0)
-            worker.stop()
+            component.stop()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, stop, number)
         if owned:
             loop.add_reader(0, owner_is_gone)
-        await worker.run()
+        await component.run()
 
     asyncio.run(work())
