@@ -19,11 +19,6 @@ from millstream.errors import (
 )
 
 
-def is_header_only(stored: bytes) -> bool:
-    """True for a notice: the body was too large to send along, or there is none yet (`running`)."""
-    return stored[-1:] == b"\n"
-
-
 def is_running(stored: bytes) -> bool:
     """True for a matched notice: a replica has taken the request."""
     return stored[:7] == b"running"
