@@ -1,11 +1,13 @@
 """The signed envelope around every pickled (or JSON) body that goes through Redis.
 
     byte 0      version, 1
-    byte 1      "p" pickle, or "j" JSON
+    byte 1      "p" pickle, "b" pickle with its large buffers beside it, or "j" JSON
     bytes 2-17  BLAKE2b of 16 bytes, keyed with the secret, personalised with the kind, over
                 namespace 0 tag 0 format length method length ref body
-                (0 is a zero byte, a length is one byte; method is empty but for requests)
-    bytes 18-   body
+                (0 is a zero byte, a length is one byte; method is empty but for requests, and for items of a stream,
+                where it is the item's number)
+    bytes 18-   body; with "b": the number of buffers (4 bytes), the length of each (8 bytes; little-endian all), the
+                pickle, the buffers (PEP 574)
 
 Whoever moves a body to another ref, method, deployment, namespace or kind breaks its signature. Nothing is unpickled
 before it was verified.
@@ -13,14 +15,16 @@ before it was verified.
 
 import hashlib
 import json
+import struct
 from functools import lru_cache
 from typing import Any, Literal
 
 from millstream.broker import pickling
+from millstream.broker.pickling import Pickled
 from millstream.errors import SignatureError
 
 HEADER_BYTES = 18
-Kind = Literal["request", "value", "error", "definition", "check"]
+Kind = Literal["request", "value", "error", "definition", "check", "item"]
 
 
 class Codec:
@@ -34,7 +38,7 @@ class Codec:
         # A copy of a keyed and fed hash costs 1.1 us where a new one costs 1.9.
         self._seeds = {
             kind: hashlib.blake2b(subject, key=secret_key, digest_size=16, person=f"ms {kind}".encode())
-            for kind in ("request", "value", "error", "definition", "check")
+            for kind in ("request", "value", "error", "definition", "check", "item")
         }
 
     def _sign(self, kind: Kind, method: bytes, ref: bytes, form: bytes, body: bytes) -> bytes:
@@ -50,6 +54,19 @@ class Codec:
         seed.update(body)
         return b"\x01p%b%b" % (seed.digest(), body)
 
+    def seal_parts(self, kind: Kind, ref: bytes, pickled: Pickled, method: bytes = b"") -> list[bytes | memoryview]:
+        """The envelope of a large body, in parts to be written one after the other: nothing is copied."""
+        form = b"b" if pickled.buffers else b"p"
+        parts: list[bytes | memoryview] = [pickled.data, *pickled.buffers]
+        if pickled.buffers:
+            sizes = [len(buffer) for buffer in pickled.buffers]
+            parts.insert(0, struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
+        seed = self._seeds[kind].copy()
+        seed.update(b"%b%c%b%c%b" % (form, len(method), method, len(ref), ref))
+        for part in parts:
+            seed.update(part)
+        return [b"\x01%b%b" % (form, seed.digest()), *parts]
+
     def seal_json(self, kind: Kind, ref: bytes, value: Any, method: bytes = b"") -> bytes:
         """The envelope of a JSON body; for callers in other languages."""
         body = json.dumps(value).encode()
@@ -64,15 +81,15 @@ class Codec:
             seed.update(body)
             if seed.digest() == envelope[2:HEADER_BYTES]:
                 return pickling.load(body)
-        _, body = self.verify(kind, ref, envelope, method)
-        return json.loads(body)
+        form, body = self.verify(kind, ref, envelope, method)
+        return _load_with_buffers(body) if form == b"b" else json.loads(body)
 
     def verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> tuple[bytes, bytes]:
         """(form, body) of an envelope that is what it claims to be. Raises SignatureError."""
         form, body = envelope[1:2], envelope[HEADER_BYTES:]
         if len(method) > 255 or len(ref) > 255:
             raise self._refusal(kind, ref, "names a method or ref longer than 255 bytes")
-        if envelope[:1] != b"\x01" or form not in (b"p", b"j"):
+        if envelope[:1] != b"\x01" or form not in (b"p", b"b", b"j"):
             raise self._refusal(kind, ref, "is not an envelope of version 1")
         if self._sign(kind, method, ref, form, body) != envelope[2:HEADER_BYTES]:
             raise self._refusal(kind, ref, "does not bear this installation's signature")
@@ -85,6 +102,19 @@ class Codec:
             "check that every process uses the same MILLSTREAM_SECRET_KEY",
             ref_id=ref_id,
         )
+
+
+def _load_with_buffers(body: bytes) -> Any:
+    """Unpickle a body whose large buffers lie beside the pickle. They are copied once, so that arrays can be written to."""
+    (count,) = struct.unpack_from("<I", body)
+    sizes = struct.unpack_from(f"<{count}Q", body, 4)
+    view = memoryview(body)[4 + 8 * count :]
+    start = len(view) - sum(sizes)
+    buffers, data = [], view[:start]
+    for size in sizes:
+        buffers.append(bytearray(view[start : start + size]))
+        start += size
+    return pickling.load(data, buffers=buffers)
 
 
 @lru_cache(maxsize=4096)

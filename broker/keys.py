@@ -140,6 +140,38 @@ class DeploymentKeys:
         """hash: "<ref>:readers" -> reply clients, "<ref>:waiters" -> ref ids, of open requests. Removed at their end."""
         return f"{self.prefix}notes"
 
+    @cached_property
+    def deadlines(self) -> str:
+        """sorted set: ref of an open request with a deadline -> server ms at which it times out. Removed at its end."""
+        return f"{self.prefix}deadlines"
+
+    @cached_property
+    def holds(self) -> str:
+        """hash: ref of an open request -> when renewed, and the keys of the large values it will read. Removed at its end."""
+        return f"{self.prefix}holds"
+
+    def payload(self, ref: str) -> str:
+        """string: the signed arguments of a request, where they are large. With TTL until submit has seen it; removed at
+        the request's end (of a dead letter: kept as long as that may be looked at)."""
+        return f"{self.payload_prefix}{ref}"
+
+    @cached_property
+    def payload_prefix(self) -> str:
+        return f"{self.prefix}payload:"
+
+    def value(self, ref: str, part: str) -> str:
+        """string with TTL: a large value. `part` is the entry id of the attempt that made it, "-" of one stored by `put`,
+        "<n>" of item n of a stream."""
+        return f"{self.value_prefix}{ref}:{part}"
+
+    @cached_property
+    def value_prefix(self) -> str:
+        return f"{self.prefix}value:"
+
+    def items(self, ref: str) -> str:
+        """stream with TTL: what a streaming request has produced and its reader not read yet. Entry n-1 is item n."""
+        return f"{self.prefix}items:{ref}"
+
     def result(self, ref: str) -> str:
         """string with TTL: "<state> <lane> <entry id>", a newline, then the signed value or error, or plain text."""
         return f"{self.result_prefix}{ref}"
@@ -194,10 +226,18 @@ class DeploymentKeys:
     def reply_prefix(self) -> str:
         return f"{self.prefix}reply:"
 
+    def orders(self, replica: str) -> str:
+        """sharded channel: what one replica is told about the requests it runs: cancelled, or read so far."""
+        return f"{self.orders_prefix}{replica}"
+
+    @cached_property
+    def orders_prefix(self) -> str:
+        return f"{self.prefix}orders:"
+
     @cached_property
     def owned(self) -> tuple[str, ...]:
         """The keys that `delete` removes with the deployment (results stay until their TTL)."""
         return (
-            *self.lanes, self.open, self.parked, self.due, self.notes, self.dead, self.config,
-            self.definition, self.status, self.scaling, self.replicas,
+            *self.lanes, self.open, self.parked, self.due, self.notes, self.deadlines, self.holds, self.dead,
+            self.config, self.definition, self.status, self.scaling, self.replicas,
         )  # fmt: skip

@@ -10,13 +10,18 @@ from typing import Any
 from millstream.broker import remote_errors
 from millstream.broker.codec import Codec
 from millstream.errors import (
+    BackPressureError,
     DeployFailedError,
     DeploymentNotFoundError,
     MillstreamError,
     RefNotFoundError,
     ReplicaDiedError,
     RequestCancelledError,
+    RequestTimeoutError,
 )
+
+ENDED_TTL_S = 3600  # of what was cancelled or timed out: its deployment's result_ttl_s is not at hand
+OVERDUE = "its deadline passed"
 
 
 def is_running(stored: bytes) -> bool:
@@ -24,11 +29,29 @@ def is_running(stored: bytes) -> bool:
     return stored[:7] == b"running"
 
 
-def open_stored(codec: Codec, ref: bytes, stored: bytes) -> Any:
-    """The value under a result key, or the error it stands for, raised. SignatureError if it was tampered with."""
+def is_item(stored: bytes) -> bool:
+    """True for an item of a stream: "item <number>", a newline, its envelope, a newline."""
+    return stored[:5] == b"item "
+
+
+def large_part(stored: bytes) -> str | None:
+    """Where the value lies in a key of its own: the last part of that key's name (`DeploymentKeys.value`)."""
+    header, _, body = stored.partition(b"\n")
+    return header.rpartition(b" ")[2].decode() if body[:1] == b"@" else None
+
+
+def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | None = None) -> Any:
+    """The value under a result key, or the error it stands for, raised. SignatureError if it was tampered with.
+
+    `large` is what lies under the key that `large_part` names; None if that has expired, which is a RefNotFoundError.
+    """
     body = stored[stored.find(b"\n") + 1 :]
     if stored[:9] == b"succeeded":
-        return codec.open("value", ref, body)
+        if body[:1] != b"@":
+            return codec.open("value", ref, body)
+        if large is None:
+            raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({body[1:].decode()} bytes) has expired")
+        return codec.open("value", ref, large)
     header = stored.partition(b"\n")[0]
     if header[:6] == b"failed":
         raise remote_errors.rebuild(codec.open("error", ref, body), f"{codec.tag}~{ref.decode()}")
@@ -36,6 +59,8 @@ def open_stored(codec: Codec, ref: bytes, stored: bytes) -> Any:
         raise died(codec.tag, ref, body)
     if header[:9] == b"cancelled":
         raise cancelled(codec.tag, ref, body)
+    if header[:9] == b"timed_out":
+        raise timed_out(codec.tag, ref, body)
     raise not_found(f"{codec.tag}~{ref.decode()}", f"its result is in a state unknown to this version: {header!r}")
 
 
@@ -47,6 +72,8 @@ def error_body(codec: Codec, ref: bytes, stored: bytes) -> bytes:
         return record if form == b"p" else pickle.dumps(json.loads(record))
     if header[:4] == b"dead":
         return remote_errors.capture(died(codec.tag, ref, body))
+    if header[:9] == b"timed_out":
+        return remote_errors.capture(timed_out(codec.tag, ref, body))
     return remote_errors.capture(cancelled(codec.tag, ref, body))
 
 
@@ -66,6 +93,23 @@ def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
 def cancelled(tag: str, ref: bytes, body: bytes) -> RequestCancelledError:
     ref_id = f"{tag}~{ref.decode()}"
     return RequestCancelledError(f"request {ref_id} was cancelled: {body.decode(errors='replace')}", ref_id=ref_id)
+
+
+def timed_out(tag: str, ref: bytes, body: bytes) -> RequestTimeoutError:
+    ref_id = f"{tag}~{ref.decode()}"
+    return RequestTimeoutError(
+        f"request {ref_id} had no result in time: {body.decode(errors='replace')}; "
+        "send it again with a longer timeout_s, or look at the backlog with `millstream status`",
+        ref_id=ref_id,
+    )
+
+
+def queue_full(tag: str) -> BackPressureError:
+    return BackPressureError(
+        f"deployment {tag} has as many requests waiting as its max_queued_requests allows; try again later, add replicas, "
+        'or let the handle wait: options(when_full="wait")',
+        deployment=tag,
+    )
 
 
 def not_found(ref_id: str, why: str = "it expired, was dropped, or never existed on this server") -> RefNotFoundError:

@@ -5,24 +5,45 @@ The only module that imports cloudpickle. Nothing here verifies signatures: `cod
 
 import contextlib
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import cloudpickle
 
-from millstream.errors import PayloadTooLargeError, SerializationError
+from millstream.errors import ConfigError, PayloadTooLargeError, SerializationError
 
 PROTOCOL = 5
 MOST_STEPS = 100  # into what cannot be pickled, in search of the part that is in the way
-PAYLOAD_LIMIT_BYTES = 512 * 1024 * 1024  # the server's own limit for one string (proto-max-bulk-len)
+LARGE_BYTES = 64 * 1024  # larger ones travel in keys of their own, and large buffers beside their pickle
+MOST_BYTES = 512 * 1024 * 1024  # the server's own limit for one string (proto-max-bulk-len), by default
 
 _plain_dumps = pickle.dumps
 load = pickle.loads
 
 
-def dump(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> bytes:
-    """Pickle `value`; `what` names it in errors ("argument of app.Model").
+Buffer = bytes | memoryview
+
+
+class Pickled(NamedTuple):
+    """A large pickled value. `buffers` are its large buffers (arrays), which lie beside the pickle and are views of it."""
+
+    data: bytes
+    buffers: list[memoryview]
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.data) + sum(map(len, self.buffers))
+
+    def snapshot(self) -> "Pickled":
+        """With copies of the buffers: for who gives the value back before it is written."""
+        return Pickled(self.data, [memoryview(bytes(buffer)) for buffer in self.buffers])
+
+
+def dump_parts(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> bytes | Pickled:
+    """Pickle `value`; `what` names it in errors ("argument of app.Model"). A large one stays in parts.
 
     Plain pickle stores what `__main__` defines by name, which no replica could look up: such values go by value.
     `replace` may turn an object that cannot be pickled itself (an asyncio.Task) into one that can; it is only asked
@@ -30,22 +51,73 @@ def dump(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> 
 
     Raises SerializationError naming the attribute path, PayloadTooLargeError past the limit.
     """
+    buffers: list[memoryview] = []
+    try:
+        data = _plain_dumps(value, PROTOCOL, buffer_callback=_refuse_large)
+        if b"__main__" in data:
+            data = _dump_by_value(value, replace)
+    except _LargeBuffer:
+        data = _dump_or_explain(value, what, replace, buffers)
+    except Exception:
+        data = _dump_or_explain(value, what, replace)
+    if not buffers and len(data) <= LARGE_BYTES:
+        return data
+    pickled = Pickled(data, buffers)
+    _check_size(pickled.size_bytes, what)
+    return pickled
+
+
+class _LargeBuffer(Exception):
+    """Not an error: pickle has met an array that should lie beside it."""
+
+
+def _refuse_large(buffer: pickle.PickleBuffer) -> bool:
+    """Pickle's question about each buffer (PEP 574); True puts it into the pickle. No closure: asked for on each dump."""
+    try:
+        if len(buffer.raw()) <= LARGE_BYTES:
+            return True
+    except BufferError:  # not contiguous
+        return True
+    raise _LargeBuffer
+
+
+def dump(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> bytes:
+    """As `dump_parts`, in one piece."""
     try:
         data = _plain_dumps(value, PROTOCOL)
         if b"__main__" in data:
             data = _dump_by_value(value, replace)
     except Exception:
         data = _dump_or_explain(value, what, replace)
-    if len(data) > PAYLOAD_LIMIT_BYTES:
-        raise PayloadTooLargeError(
-            f"{what} takes {len(data):,} bytes, the limit is {PAYLOAD_LIMIT_BYTES:,}; store it elsewhere and pass its address"
-        )
+    _check_size(len(data), what)
     return data
 
 
-def _dump_or_explain(value: Any, what: str, replace: Callable[[Any], Any] | None) -> bytes:
+def _check_size(size_bytes: int, what: str) -> None:
+    if size_bytes > limit_bytes():
+        raise PayloadTooLargeError(
+            f"{what} takes {size_bytes:,} bytes, the limit is {limit_bytes():,}; store it elsewhere and pass its "
+            "address, or raise MILLSTREAM_PAYLOAD_LIMIT (and the server's proto-max-bulk-len with it)"
+        )
+
+
+@cache
+def limit_bytes() -> int:
+    """The most that one value may take: MILLSTREAM_PAYLOAD_LIMIT in bytes, 512 MB without it. Raises ConfigError."""
+    text = os.environ.get("MILLSTREAM_PAYLOAD_LIMIT", "")
+    if not text:
+        return MOST_BYTES
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"MILLSTREAM_PAYLOAD_LIMIT={text!r} must be a number of bytes, 1 or more")
+    return int(text)
+
+
+def _dump_or_explain(
+    value: Any, what: str, replace: Callable[[Any], Any] | None, buffers: list[memoryview] | None = None
+) -> bytes:
+    """By value; large buffers go to `buffers`, where it is given."""
     try:
-        return _dump_by_value(value, replace)
+        return _dump_by_value(value, replace, buffers)
     except Exception as e:
         path, culprit, reason = _find_culprit(value, "", replace, e, set()) or ("", value, e)
         where = f"{what}{path}"
@@ -56,15 +128,27 @@ def _dump_or_explain(value: Any, what: str, replace: Callable[[Any], Any] | None
         ) from e
 
 
-def _dump_by_value(value: Any, replace: Callable[[Any], Any] | None) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, replace).dump(value)
-    return buffer.getvalue()
+def _dump_by_value(value: Any, replace: Callable[[Any], Any] | None, buffers: list[memoryview] | None = None) -> bytes:
+    def keep_aside(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            return _refuse_large(buffer)
+        except _LargeBuffer:
+            buffers.append(buffer.raw())  # type: ignore[union-attr]
+            return False
+
+    file = io.BytesIO()
+    _Pickler(file, replace, None if buffers is None else keep_aside).dump(value)
+    return file.getvalue()
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, buffer: io.BytesIO, replace: Callable[[Any], Any] | None) -> None:
-        super().__init__(buffer, protocol=PROTOCOL)
+    def __init__(
+        self,
+        file: io.BytesIO,
+        replace: Callable[[Any], Any] | None,
+        keep_aside: Callable[[pickle.PickleBuffer], bool] | None,
+    ) -> None:
+        super().__init__(file, protocol=PROTOCOL, buffer_callback=keep_aside)
         self._replace = replace
 
     def reducer_override(self, obj: Any) -> Any:

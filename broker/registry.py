@@ -12,13 +12,13 @@ from millstream.broker import scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Control, ping, run
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
+from millstream.broker.outcomes import ENDED_TTL_S
 from millstream.broker.supplying import Supplier
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
 VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
-CANCELLED_TTL_S = 3600  # of requests cancelled because their deployment was deleted
 REMOVE_WITHIN_S = 25.0  # longer than graceful_shutdown_timeout_s by default
 
 
@@ -157,6 +157,11 @@ class Registry:
                 "max_attempts": str(config.max_attempts),
                 "result_ttl_s": str(int(config.result_ttl_s)),
             }
+            if config.max_queued_requests is not None:
+                fields["max_queued"] = str(config.max_queued_requests)
+            if config.request_timeout_s is not None:
+                fields["timeout_ms"] = str(int(config.request_timeout_s * 1000))
+            pipe.hdel(keys.config, "max_queued", "timeout_ms")  # of the version before
             pipe.hset(keys.config, mapping=fields)
             pipe.hdel(keys.status, "state", "message", "traceback", "failed_version")
             if await self.client.hget(keys.status, "target") == b"0":
@@ -198,11 +203,10 @@ class Registry:
         supplier = Supplier(self.settings, lambda call: run(self.client, call))
         cursor, is_through = "0", False
         while not is_through:
-            call = scripts.discard(keys, cursor, CANCELLED_TTL_S, f"deployment {keys.tag} was deleted", running=running)
+            call = scripts.discard(keys, cursor, ENDED_TTL_S, f"deployment {keys.tag} was deleted", running=running)
             cursor, waiters = await run(self.client, call)
             is_through = cursor == "0"
-            for waiter in waiters:
-                await supplier.supply(f"{keys.tag}~{waiter.ref.decode()}", [waiter.waiter_id])
+            await supplier.supply_all(keys.tag, waiters)
 
     async def _has_living_replicas(self, keys: DeploymentKeys) -> bool:
         leases = [keys.lease(name.decode()) for name in await self.client.hkeys(keys.replicas)]

@@ -16,6 +16,8 @@ from millstream.broker.keys import LANES, DeploymentKeys, Keys
 
 T = TypeVar("T")
 SWEEP_LIMIT = 100  # bounded loops: a script stalls everybody (100 releases take 2 to 3 ms)
+HOLD_MS = 3_600_000  # a large value that an open request will read is kept for an hour at a time
+RENEW_HOLDS_AFTER_MS = 600_000
 REPAIR_AFTER_MS = 3000  # a parked request is looked after this often; its submitter and its upstream do it at once
 
 
@@ -23,11 +25,23 @@ class Submitted(StrEnum):
     NEW = "new"
     OPEN = "open"  # it is pending already: a retried submit, or an idempotency key in use
     DONE = "done"  # it has ended already; its result is there
+    FULL = "full"  # refused: as many wait as max_queued_requests allows
+    MISSING = "missing"  # refused: its large payload is not under its key (any more)
 
 
 class Finished(StrEnum):
     DONE = "done"  # this very attempt finished before; the reply was lost
     STALE = "stale"  # the attempt was taken over: its value is not stored
+    ENDED = "ended"  # the request was cancelled, timed out, or its result was dropped: its value is not stored
+    MISSING = "missing"  # its large value is not under its key (any more): to be written again
+
+
+class Ended(StrEnum):
+    """What `cancel` did about one request."""
+
+    ENDED = "ended"
+    GONE = "gone"  # it is not open (any more)
+    EARLY = "early"  # to be expired, and its deadline has not passed
 
 
 class Supplied(StrEnum):
@@ -60,6 +74,9 @@ class Swept:
     promoted: int
     stuck: list[tuple[bytes, list[str]]]  # parked ref, the ref ids it misses
     without_lease: list[str]
+    overdue: list[bytes]  # refs past their deadline
+    keep: list[str]  # keys of large values that open requests will read
+    holds_cursor: bytes  # for the next sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +148,16 @@ def _waiters(flat: list[bytes]) -> list[Waiter]:
     return [Waiter(flat[i], flat[i + 1].decode()) for i in range(0, len(flat), 2)]
 
 
+def _ending(keys: DeploymentKeys) -> tuple[str, str, str]:
+    """The keys of what an open request may have beside its place, its notes and its result."""
+    return keys.deadlines, keys.holds, keys.payload_prefix
+
+
 def submit(keys: DeploymentKeys, client: str, requests: Sequence[Any]) -> Call[dict[int, Submitted]]:
-    """`requests`: flat ref, lane, method, "matched" | "", envelope. Answers position -> what it was, if not new."""
+    """`requests`: flat ref, lane, method, extras, envelope. Answers position -> what it was, if not taken in as new."""
     return Call(
         script("submit"),
-        (keys.config, keys.open, keys.result_prefix, keys.prefix),
+        (keys.config, keys.open, keys.result_prefix, keys.prefix, keys.notes, keys.deadlines, keys.payload_prefix),
         (client, *requests),
         _read_known,
     )
@@ -143,33 +165,77 @@ def submit(keys: DeploymentKeys, client: str, requests: Sequence[Any]) -> Call[d
 
 def hold(
     keys: DeploymentKeys, client: str, ref: bytes, lane: str, method: bytes, envelope: bytes,
-    *, delay_ms: int = 0, depends_on: Iterable[str] = (),
+    *, extras: bytes = b"", delay_ms: int = 0, due_ms: int = 0, depends_on: Iterable[str] = (),
 ) -> Call[Submitted]:  # fmt: skip
+    """A request that waits for refs, for `delay_ms` to pass, or for `due_ms` on the server's clock."""
     local = ref.decode()
     return Call(
         script("hold"),
-        (keys.config, keys.open, keys.result(local), keys.held(local), keys.parked, keys.due),
-        (client, ref, lane, method, envelope, delay_ms, REPAIR_AFTER_MS, *dict.fromkeys(depends_on)),
+        (
+            keys.config, keys.open, keys.result(local), keys.held(local), keys.parked, keys.due,
+            keys.notes, keys.deadlines, keys.payload_prefix,
+        ),
+        (client, ref, lane, method, extras, envelope, delay_ms, due_ms, REPAIR_AFTER_MS, *dict.fromkeys(depends_on)),
         lambda reply: Submitted(reply.decode()),
-    )
+    )  # fmt: skip
 
 
-def supply(keys: DeploymentKeys, ref: str, value_id: str, stored: bytes) -> Call[Supplied]:
+def supply(keys: DeploymentKeys, ref: str, value_id: str, stored: bytes, keep: Iterable[str] = ()) -> Call[Supplied]:
+    """`keep`: keys, also of other slots, that must live until the request has ended."""
     return Call(
         script("supply"),
-        (keys.open, keys.parked, keys.due, keys.held_prefix, keys.prefix),
-        (ref, value_id, stored),
+        (keys.open, keys.parked, keys.due, keys.held_prefix, keys.prefix, keys.holds),
+        (ref, value_id, stored, *keep),
         lambda reply: Supplied(reply.decode()),
     )
+
+
+def keep(same_slot: Sequence[str], ttl_ms: int = HOLD_MS) -> Call[int]:
+    """Have keys of one slot live at least so long; how many of them exist."""
+    return Call(script("keep"), same_slot, (ttl_ms,), int)
 
 
 def reject(keys: DeploymentKeys, ref: str, ttl_s: int, envelope: bytes) -> Call[list[Waiter]]:
     return Call(
         script("reject"),
-        (keys.parked, keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.held(ref)),
+        (
+            keys.parked, keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.held(ref), *_ending(keys),
+        ),
         (ref, ttl_s, envelope),
         lambda reply: _waiters(reply[1]),
+    )  # fmt: skip
+
+
+def cancel(
+    keys: DeploymentKeys, ttl_s: int, why: str, refs: Sequence[Any], *, overdue: bool = False
+) -> Call[tuple[list[tuple[Ended, int]], list[Waiter]]]:
+    """End open requests as cancelled, or, where `overdue`, as timed out, if the server's clock agrees.
+
+    Answers per ref what was done (with EARLY: the ms until its deadline, -1 without one), and who waited for them.
+    """
+
+    def read_one(answer: Any) -> tuple[Ended, int]:
+        return (Ended.EARLY, answer) if isinstance(answer, int) else (Ended(answer.decode()), 0)
+
+    return Call(
+        script("cancel"),
+        _taking(keys),
+        ("timed_out" if overdue else "cancelled", ttl_s, why, *refs),
+        lambda reply: ([read_one(answer) for answer in reply[0]], _waiters(reply[1])),
     )
+
+
+def _taking(keys: DeploymentKeys) -> tuple[str, ...]:
+    """The keys of whatever ends requests from outside."""
+    return (
+        keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.prefix,
+        keys.held_prefix, keys.parked, keys.due, *_ending(keys), keys.orders_prefix,
+    )  # fmt: skip
+
+
+def wake(keys: DeploymentKeys) -> Call[int]:
+    """Promote delayed requests that are due; how many."""
+    return Call(script("wake"), (keys.due, keys.open, keys.held_prefix, keys.prefix), (SWEEP_LIMIT,), int)
 
 
 def claim(keys: DeploymentKeys, replica: str, free: int, direct: int = 0) -> Call[tuple[int, list[Any]]]:
@@ -180,13 +246,35 @@ def claim(keys: DeploymentKeys, replica: str, free: int, direct: int = 0) -> Cal
 def finish(
     keys: DeploymentKeys, lane: str, ttl_s: int, outcomes: Sequence[Any]
 ) -> Call[tuple[dict[int, Finished], list[Waiter]]]:
-    """`outcomes`: flat entry id, ref, client, "succeeded" | "failed", envelope. Answers what was refused, and who waits."""
+    """`outcomes`: flat entry id, ref, client, "succeeded" | "failed", envelope (or "@<bytes>": it lies under its value
+    key). Answers what was refused, and who waits."""
     return Call(
         script("finish"),
-        (keys.lane(lane), keys.open, keys.notes, keys.result_prefix, keys.reply_prefix),
+        (
+            keys.lane(lane), keys.open, keys.notes, keys.result_prefix, keys.reply_prefix,
+            *_ending(keys), keys.value_prefix,
+        ),
         (lane, ttl_s, *outcomes),
         lambda reply: (_read_refused(reply[0]) if reply[0] else {}, _waiters(reply[1])),
+    )  # fmt: skip
+
+
+def emit(
+    keys: DeploymentKeys, ref: str, place: str, client: bytes, ttl_s: int, first: int, envelopes: Sequence[bytes]
+) -> Call[tuple[bool, int]]:
+    """Add items `first`, `first` + 1, ... to a stream. Answers whether its request still runs at `place`, and, where no
+    envelopes are given, how many items its reader has read."""
+    return Call(
+        script("emit"),
+        (keys.open, keys.items(ref), keys.reply_prefix),
+        (ref, place, client, ttl_s, first, *envelopes),
+        lambda reply: (reply[0] == b"running", reply[1]),
     )
+
+
+def consume(keys: DeploymentKeys, ref: str, count: int) -> Call[int]:
+    """The first `count` items of a stream have been read: remove them, and tell its replica."""
+    return Call(script("consume"), (keys.open, keys.items(ref), keys.prefix, keys.orders_prefix), (ref, count), int)
 
 
 def release(keys: DeploymentKeys, lane: str, replica: str, cause: str, *, expired: bool) -> Call[Released]:
@@ -199,7 +287,7 @@ def release(keys: DeploymentKeys, lane: str, replica: str, cause: str, *, expire
         script("release"),
         (
             keys.lane(lane), keys.lane("returned"), keys.open, keys.notes, keys.result_prefix,
-            keys.reply_prefix, keys.dead, keys.config, keys.lease(replica),
+            keys.reply_prefix, keys.dead, keys.config, keys.lease(replica), *_ending(keys),
         ),
         (lane, replica, cause, "expired" if expired else "died"),
         read,
@@ -213,13 +301,10 @@ def discard(
     ("0" when through) and who waited for what was cancelled."""
     return Call(
         script("discard"),
-        (
-            keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.prefix,
-            keys.held_prefix, keys.parked, keys.due,
-        ),
+        _taking(keys),
         (cursor, SWEEP_LIMIT, ttl_s, why, "all" if running else "waiting"),
         lambda reply: (reply[0].decode(), _waiters(reply[1])),
-    )  # fmt: skip
+    )
 
 
 def groups(keys: DeploymentKeys) -> Call[int]:
@@ -236,18 +321,21 @@ def watch(keys: DeploymentKeys, how: str, who: str, refs: Sequence[Any]) -> Call
     return Call(script("watch"), (keys.open, keys.result_prefix, keys.notes), (how, who, *refs), lambda reply: reply)
 
 
-def sweep(keys: DeploymentKeys) -> Call[Swept]:
+def sweep(keys: DeploymentKeys, holds_cursor: bytes = b"0") -> Call[Swept]:
     return Call(
         script("sweep"),
         (
             *keys.lanes, keys.replicas, keys.due, keys.parked, keys.open,
-            keys.held_prefix, keys.prefix, keys.lease_prefix,
+            keys.held_prefix, keys.prefix, keys.lease_prefix, keys.deadlines, keys.holds,
         ),
-        (SWEEP_LIMIT, REPAIR_AFTER_MS),
+        (SWEEP_LIMIT, REPAIR_AFTER_MS, RENEW_HOLDS_AFTER_MS, holds_cursor),
         lambda reply: Swept(
             reply[0],
             [(row[0], [ref_id.decode() for ref_id in row[1:]]) for row in reply[1]],
             [name.decode() for name in reply[2]],
+            reply[3],
+            [key.decode() for key in reply[4][1]],
+            reply[4][0],
         ),
     )  # fmt: skip
 

@@ -13,10 +13,11 @@ class State(StrEnum):
     SUCCEEDED = "succeeded"  # has a value
     FAILED = "failed"  # its code, or that of a request it depends on, raised
     DEAD = "dead"  # attempts used up; kept as a dead letter
-    CANCELLED = "cancelled"  # its deployment was deleted
+    CANCELLED = "cancelled"  # somebody cancelled it, or its deployment was deleted
+    TIMED_OUT = "timed_out"  # its deadline passed before it had ended
 
 
-TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED})
+TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED, State.TIMED_OUT})
 
 
 class Event(StrEnum):
@@ -26,6 +27,7 @@ class Event(StrEnum):
     PARK = "park"  # a caller sends it, with refs that have no value yet
     DELAY = "delay"  # a caller sends it for later
     SUPPLY = "supply"  # the last missing value arrived
+    SUPPLY_EARLY = "supply_early"  # it arrived before the time that the request waits for, too
     REJECT = "reject"  # a request it depends on failed
     PROMOTE = "promote"  # its time has come (sweep)
     CLAIM = "claim"  # a replica takes it
@@ -34,6 +36,8 @@ class Event(StrEnum):
     BURY = "bury"  # its replica is dead and its attempts are used up
     SUCCEED = "succeed"  # finish with a value
     FAIL = "fail"  # finish with an error
+    CANCEL = "cancel"  # a caller cancels it
+    EXPIRE = "expire"  # its deadline has passed, by the server's clock
     DISCARD = "discard"  # its deployment is deleted
 
 
@@ -43,6 +47,7 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (None, Event.PARK): State.PARKED,
     (None, Event.DELAY): State.DELAYED,
     (State.PARKED, Event.SUPPLY): State.QUEUED,
+    (State.PARKED, Event.SUPPLY_EARLY): State.DELAYED,
     (State.PARKED, Event.REJECT): State.FAILED,
     (State.DELAYED, Event.PROMOTE): State.QUEUED,
     (State.QUEUED, Event.CLAIM): State.RUNNING,
@@ -51,6 +56,14 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (State.RUNNING, Event.BURY): State.DEAD,
     (State.RUNNING, Event.SUCCEED): State.SUCCEEDED,
     (State.RUNNING, Event.FAIL): State.FAILED,
+    (State.PARKED, Event.CANCEL): State.CANCELLED,
+    (State.DELAYED, Event.CANCEL): State.CANCELLED,
+    (State.QUEUED, Event.CANCEL): State.CANCELLED,
+    (State.RUNNING, Event.CANCEL): State.CANCELLED,
+    (State.PARKED, Event.EXPIRE): State.TIMED_OUT,
+    (State.DELAYED, Event.EXPIRE): State.TIMED_OUT,
+    (State.QUEUED, Event.EXPIRE): State.TIMED_OUT,
+    (State.RUNNING, Event.EXPIRE): State.TIMED_OUT,
     (State.PARKED, Event.DISCARD): State.CANCELLED,
     (State.DELAYED, Event.DISCARD): State.CANCELLED,
     (State.QUEUED, Event.DISCARD): State.CANCELLED,

@@ -4,12 +4,13 @@ Whoever ends a request does this at once (replica, launcher, caller); what a cra
 sweeper finds. Every step may run twice.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from millstream.broker import outcomes, remote_errors, scripts
 from millstream.broker.codec import Codec, codec_for
 from millstream.broker.keys import Keys, split_ref
+from millstream.broker.scripts import Waiter
 from millstream.config import Settings
 
 Run = Callable[[scripts.Call[Any]], Awaitable[Any]]
@@ -42,12 +43,32 @@ class Supplier:
             upstream_id, waiter_id, outcome = todo.pop()
             waiter_tag, waiter = split_ref(waiter_id)
             keys = self._keys.deployment(waiter_tag)
-            if outcome[:9] == b"succeeded":
-                await self._run(scripts.supply(keys, waiter, upstream_id, outcome))
+            if outcome[:9] == b"succeeded" and (keep := await self._keep(upstream_id, outcome)) is not None:
+                await self._run(scripts.supply(keys, waiter, upstream_id, outcome, keep))
                 continue
+            if outcome[:9] == b"succeeded":
+                outcome = b"unknown"  # its large value has expired
             envelope = self._codec(waiter_tag).seal("error", waiter.encode(), self._error(upstream_id, outcome))
             further = await self._run(scripts.reject(keys, waiter, FAILED_TTL_S, envelope))
             todo += [(waiter_id, again.waiter_id, b"failed - -\n" + envelope) for again in further]
+
+    async def supply_all(self, tag: str, waiters: Iterable[Waiter]) -> None:
+        """Hand what has just ended in one deployment to those who wait for it."""
+        for waiter in waiters:
+            await self.supply(f"{tag}~{waiter.ref.decode()}", [waiter.waiter_id])
+
+    async def _keep(self, ref_id: str, stored: bytes) -> list[str] | None:
+        """The keys that a dependant of this value needs beside it, kept for an hour from now; None if they are gone.
+
+        A large value is not copied into the slot of its dependant: it stays in a key of its own, and the dependant's
+        `holds` has the sweeper renew that for as long as it is needed.
+        """
+        part = outcomes.large_part(stored)
+        if part is None:
+            return []
+        tag, ref = split_ref(ref_id)
+        key = self._keys.deployment(tag).value(ref, part)
+        return [key] if await self._run(scripts.keep([key])) else None
 
     def _error(self, ref_id: str, outcome: bytes) -> bytes:
         tag, ref = split_ref(ref_id)

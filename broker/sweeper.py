@@ -12,6 +12,7 @@ from typing import Any
 
 from millstream.broker import scripts
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.outcomes import ENDED_TTL_S, OVERDUE
 from millstream.broker.registry import ReplicaRecord
 from millstream.broker.supplying import Run, Supplier
 from millstream.config import Settings
@@ -38,6 +39,7 @@ class Sweeper:
         self._keys = Keys(settings.namespace)
         self._supplier = Supplier(settings, run)
         self._unbroken_since: float | None = None
+        self._holds_cursors: dict[str, bytes] = {}
 
     def connection_was_broken(self) -> None:
         """Take nothing over by lease for a full lease: while we could not look, the living could not renew either."""
@@ -46,13 +48,22 @@ class Sweeper:
     async def step(self, tag: str) -> None:
         """One pass. Raises what redis-py raises; the caller then calls `connection_was_broken`."""
         keys = self._keys.deployment(tag)
-        swept = await self._run(scripts.sweep(keys))
+        swept = await self._run(scripts.sweep(keys, self._holds_cursors.get(tag, b"0")))
+        self._holds_cursors[tag] = swept.holds_cursor
         for ref, missing in swept.stuck:
             for ref_id in missing:
                 await self._supplier.watch(f"{tag}~{ref.decode()}", ref_id)
+        if swept.overdue:
+            await self._expire(keys, swept.overdue)
+        for key in swept.keep:
+            await self._run(scripts.keep([key]))
         for replica in swept.without_lease if self._has_watched_for_a_lease() else ():
             log.warning("replica %s of %s has no lease any more: its requests go to others", replica, tag)
             await bury(self._run, self._ask, self._supplier, keys, replica, "its lease expired", expired=True)
+
+    async def _expire(self, keys: DeploymentKeys, refs: list[bytes]) -> None:
+        _, waiters = await self._run(scripts.cancel(keys, ENDED_TTL_S, OVERDUE, refs, overdue=True))
+        await self._supplier.supply_all(keys.tag, waiters)
 
     def _has_watched_for_a_lease(self) -> bool:
         if self._unbroken_since is None:
@@ -82,8 +93,7 @@ async def bury(
                 return requeued
             more = released.more
             requeued += released.requeued
-            for waiter in released.waiters:
-                await supplier.supply(f"{keys.tag}~{waiter.ref.decode()}", [waiter.waiter_id])
+            await supplier.supply_all(keys.tag, released.waiters)
     await ask("HDEL", keys.replicas, replica)
     await ask("DEL", keys.lease(replica))
     return requeued

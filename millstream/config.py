@@ -177,6 +177,8 @@ class DeploymentConfig:
     autoscaling: AutoscalingConfig | None = None
     max_ongoing_requests: int | None = None  # None: 100 if any public method is async, else sync_threads
     sync_threads: int = 1
+    max_queued_requests: int | None = None  # waiting in the queue, for all callers together; None: no limit (Ray's -1)
+    request_timeout_s: float | None = None  # from submission to result, where the caller sets no timeout_s
     max_attempts: int = 3  # attempts ended by the death of a replica; 1 is Ray's behaviour
     result_ttl_s: float = 3600.0
     user_config: Any = None
@@ -188,6 +190,10 @@ class DeploymentConfig:
         _at_least(self, "num_replicas", 0)
         if self.max_ongoing_requests is not None:
             _at_least(self, "max_ongoing_requests", 1)
+        if self.max_queued_requests is not None:
+            _at_least(self, "max_queued_requests", 1)
+        if self.request_timeout_s is not None:
+            _at_least(self, "request_timeout_s", 0.001)
         _at_least(self, "sync_threads", 1)
         _at_least(self, "max_attempts", 1)
         _at_least(self, "result_ttl_s", 1)
@@ -227,6 +233,8 @@ def _translate(options: dict[str, Any]) -> dict[str, Any]:
         del values["num_replicas"]  # Ray's way to say "not a fixed number"
     if "max_concurrent_queries" in values:
         values["max_ongoing_requests"] = values.pop("max_concurrent_queries")
+    if values.get("max_queued_requests") == -1:
+        values["max_queued_requests"] = None  # Ray's way to say "no limit"
     scaling = values.pop("autoscaling_config", None)
     if values.get("num_replicas") == "auto":
         del values["num_replicas"]

@@ -60,15 +60,21 @@ class GetTimeoutError(MillstreamError, TimeoutError):
 
 
 class RequestTimeoutError(MillstreamError, TimeoutError):
-    """The request's own deadline passed before it had a result."""
+    """The request's own deadline passed before it had a result. It is not started any more, or was cancelled."""
+
+    ref_id: str = ""
 
 
 class RequestCancelledError(MillstreamError):
-    """The request was cancelled."""
+    """The request was cancelled: by `cancel`, by a caller that was cancelled itself, or because its deployment was deleted."""
+
+    ref_id: str = ""
 
 
 class BackPressureError(MillstreamError):
-    """The deployment's queue is full, or the server has no memory left for another request."""
+    """The deployment's queue is full, the server has no memory left, or this process has too much that is not sent yet."""
+
+    deployment: str = ""
 
 
 class ReplicaDiedError(MillstreamError):

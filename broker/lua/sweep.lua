@@ -1,17 +1,12 @@
 #!lua flags=allow-oom
--- sweep: delayed -> queued where due; names parked requests to look after and replicas without a lease. Bounded, idempotent.
--- KEYS  1-4 lanes  5 replicas  6 due  7 parked  8 open  9 held prefix  10 lane prefix  11 lease prefix
--- ARGV  1 at most so many  2 repair_after_ms
--- reply {promoted, {{ref, ref id it misses, ...}, ...}, {replica without lease, ...}}
-local open, held_prefix, lane_prefix = KEYS[8], KEYS[9], KEYS[10]
---include promoting
-local time = redis.call('TIME')
-local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-local due = redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', now_ms, 'LIMIT', 0, ARGV[1])
-for _, ref in ipairs(due) do
-  redis.call('ZREM', KEYS[6], ref)
-  if redis.call('EXISTS', held_prefix .. ref) == 1 then promote(ref) end
-end
+-- sweep: delayed -> queued where due; names parked requests to look after, replicas without a lease, requests past their
+-- deadline, and large values to keep. Bounded, idempotent.
+-- KEYS  1-4 lanes  5 replicas  6 due  7 parked  8 open  9 held prefix  10 lane prefix  11 lease prefix  12 deadlines  13 holds
+-- ARGV  1 at most so many  2 repair_after_ms  3 renew_holds_after_ms  4 cursor in the holds
+-- reply {promoted, {{ref, ref id it misses, ...}, ...}, {replica without lease, ...}, {overdue ref, ...},
+--        {next cursor, {key, ...}}}
+local open, held_prefix, lane_prefix, due, limit = KEYS[8], KEYS[9], KEYS[10], KEYS[6], ARGV[1]
+--include waking
 
 local stuck = {}
 for _, ref in ipairs(redis.call('ZRANGEBYSCORE', KEYS[7], '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
@@ -39,4 +34,20 @@ for lane = 1, 4 do
     for _, consumer in ipairs(consumers) do look_at(consumer[2]) end
   end
 end
-return { #due, stuck, without_lease }
+
+local keep, next_cursor = {}, '0'
+if redis.call('EXISTS', KEYS[13]) == 1 then
+  local scanned = redis.call('HSCAN', KEYS[13], ARGV[4], 'COUNT', ARGV[1])
+  next_cursor = scanned[1]
+  for i = 1, #scanned[2], 2 do
+    local ref, renewed_ms, keys = scanned[2][i], string.match(scanned[2][i + 1], '^(%d+) (.*)$')
+    if redis.call('HEXISTS', open, ref) == 0 then
+      redis.call('HDEL', KEYS[13], ref)
+    elseif tonumber(renewed_ms) + ARGV[3] < now_ms then
+      redis.call('HSET', KEYS[13], ref, string.format('%.0f ', now_ms) .. keys)
+      for key in string.gmatch(keys, '%S+') do keep[#keep + 1] = key end
+    end
+  end
+end
+local overdue = redis.call('ZRANGEBYSCORE', KEYS[12], '-inf', now_ms, 'LIMIT', 0, ARGV[1])
+return { #due_now, stuck, without_lease, overdue, { next_cursor, keep } }

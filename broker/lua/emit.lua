@@ -1,0 +1,33 @@
+#!lua flags=allow-oom
+-- emit: items of a streaming request, in order, as long as it runs at this very entry. An item that is there already
+-- (from an attempt that died) stays as it was.
+-- KEYS  1 open  2 items  3 reply prefix
+-- ARGV  1 ref  2 "<lane> <entry>"  3 client  4 ttl_s  5 number of the first item (from 0)   then envelopes (none: just ask)
+-- reply {"running" | "stale", how many of them its reader has read}
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return { 'stale', 0 } end
+local ref, message = ARGV[1], {}
+for i = 6, #ARGV do
+  local number = ARGV[5] + i - 6
+  local added = redis.pcall('XADD', KEYS[2], string.format('%.0f-1', number + 1), 'item', ARGV[i])
+  if not (type(added) == 'table' and added.err) then
+    local stored = string.format('item %.0f\n', number) .. ARGV[i] .. '\n'
+    message[#message + 1] = '$' .. #ref .. '\r\n' .. ref .. '\r\n$' .. #stored .. '\r\n' .. stored .. '\r\n'
+  end
+end
+if #message > 0 then
+  redis.call('EXPIRE', KEYS[2], ARGV[4])
+  if ARGV[3] ~= '' then redis.call('SPUBLISH', KEYS[3] .. ARGV[3], '*' .. #message * 2 .. '\r\n' .. table.concat(message)) end
+end
+local read = 0
+if #ARGV == 5 and redis.call('EXISTS', KEYS[2]) == 1 then
+  local first = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
+  if first then
+    read = tonumber(string.match(first[1], '^%d+')) - 1
+  else
+    local info = redis.call('XINFO', 'STREAM', KEYS[2])
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' then read = tonumber(string.match(info[i + 1], '^%d+')) end
+    end
+  end
+end
+return { 'running', read }
