@@ -119,6 +119,12 @@ class Link(asyncio.Protocol):
         self.start(call, functools.partial(_settle, future))
         return future
 
+    def finish(self) -> None:
+        """Close once all that was written is sent. Pending callbacks get BrokerUnavailableError."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+
     def close(self) -> None:
         """Close at once. Pending callbacks get BrokerUnavailableError."""
         if self._transport is not None:

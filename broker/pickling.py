@@ -107,8 +107,8 @@ def limit_bytes() -> int:
     text = os.environ.get("MILLSTREAM_PAYLOAD_LIMIT", "")
     if not text:
         return MOST_BYTES
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"MILLSTREAM_PAYLOAD_LIMIT={text!r} must be a number of bytes, 1 or more")
+    if not text.isdigit() or int(text) < LARGE_BYTES:
+        raise ConfigError(f"MILLSTREAM_PAYLOAD_LIMIT={text!r} must be a number of bytes, {LARGE_BYTES:,} or more")
     return int(text)
 
 

@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.states import State
 
 T = TypeVar("T")
 SWEEP_LIMIT = 100  # bounded loops: a script stalls everybody (100 releases take 2 to 3 ms)
@@ -319,6 +320,15 @@ def hand_back(keys: DeploymentKeys, lane: str, target: str, entries: Iterable[by
 def watch(keys: DeploymentKeys, how: str, who: str, refs: Sequence[Any]) -> Call[list[bytes]]:
     """Per ref: its stored result, b"open" or b"unknown". `how`: "readers", "waiters" or "" (only look)."""
     return Call(script("watch"), (keys.open, keys.result_prefix, keys.notes), (how, who, *refs), lambda reply: reply)
+
+
+def place(keys: DeploymentKeys, ref: str) -> Call[State | None]:
+    """The state of one request; None if it is unknown or its result has expired."""
+
+    def read(reply: bytes) -> State | None:
+        return None if reply == b"unknown" else State(reply.decode())
+
+    return Call(script("place"), (keys.open, keys.result(ref), keys.prefix), (ref,), read)
 
 
 def sweep(keys: DeploymentKeys, holds_cursor: bytes = b"0") -> Call[Swept]:

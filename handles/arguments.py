@@ -5,6 +5,7 @@ import asyncio
 from typing import Any, NamedTuple
 
 from millstream.broker import pickling
+from millstream.broker.pickling import Pickled
 from millstream.errors import SerializationError
 from millstream.handles.ref import ObjectRef
 
@@ -22,9 +23,10 @@ class Later(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The pickled arguments of one call, the refs whose values it needs, and those of un-awaited tasks further down."""
+    """The pickled arguments of one call (in parts, if large), the refs whose values it needs, and those of un-awaited
+    tasks further down."""
 
-    body: bytes
+    body: bytes | Pickled
     depends_on: list[ObjectRef]
     mentions: list[ObjectRef]
 
@@ -32,8 +34,8 @@ class Arguments(NamedTuple):
 _WAITED_FOR = (ObjectRef, asyncio.Future)
 
 
-def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Pickle the arguments of a call to `what`. Raises SerializationError, PayloadTooLargeError."""
+def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any], model_id: str = "") -> Arguments:
+    """Pickle the arguments of a call to `what`, and the id of the model it is for. SerializationError, PayloadTooLargeError."""
     depends_on: list[ObjectRef] = []
     mentions: list[ObjectRef] = []
     for value in args:
@@ -52,7 +54,8 @@ def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argument
             mentions.append(ref)
         return ref
 
-    return Arguments(pickling.dump((args, kwargs), what, replace), depends_on, mentions)
+    call = (args, kwargs, model_id) if model_id else (args, kwargs)
+    return Arguments(pickling.dump_parts(call, what, replace), depends_on, mentions)
 
 
 def _later(value: Any, depends_on: list[ObjectRef]) -> Any:

@@ -30,13 +30,16 @@ os.register_at_fork(after_in_child=_forget_lock)
 class Cell:
     """Filled by the engine, at most once with an outcome. Watchers are called in the filling thread, or at once."""
 
-    __slots__ = ("_error", "_on_end", "_on_match", "_stored", "_value", "codec", "is_matched", "ref", "since")
+    __slots__ = (
+        "_error", "_large", "_on_end", "_on_match", "_stored", "_value", "codec", "is_matched", "is_private", "ref", "since",
+    )  # fmt: skip
 
-    def __init__(self, codec: Codec, ref: bytes) -> None:
-        self.codec, self.ref = codec, ref
+    def __init__(self, codec: Codec, ref: bytes, *, is_private: bool = False) -> None:
+        self.codec, self.ref, self.is_private = codec, ref, is_private
         self.since = time.monotonic()
         self.is_matched = False
         self._stored: bytes | None = None
+        self._large: bytes | None = None  # the value, where it lies in a key of its own
         self._error: BaseException | None = None
         self._value: Any = _UNREAD
         self._on_match: list[Watcher] = []
@@ -51,6 +54,10 @@ class Cell:
         return self._stored is not None or self._error is not None
 
     @property
+    def is_over(self) -> bool:
+        return self.has_ended
+
+    @property
     def was_cut_off(self) -> bool:
         """Did the connection end before the request did? Its result may still be there for another engine."""
         return isinstance(self._error, BrokerUnavailableError)
@@ -60,8 +67,9 @@ class Cell:
         """Why there will never be an outcome on the server, if that is so: refused, or its deployment cannot start."""
         return None if self.was_cut_off else self._error
 
-    def settle(self, stored: bytes) -> None:
-        """The request has ended; `stored` is what its result key holds."""
+    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+        """The request has ended; `stored` is what its result key holds, `large` what its value key does."""
+        self._large = large
         self._end(stored, None)
 
     def fail(self, error: BaseException) -> None:
@@ -77,6 +85,13 @@ class Cell:
             watchers, self._on_match = self._on_match, []
         for watcher in watchers:
             watcher(self)
+
+    def item(self, stored: bytes) -> None:
+        """Of a stream: whoever reads it has a cell of another kind."""
+
+    def look_again(self) -> bool:
+        """It is still open. Does anybody wait for its match, whose notice may have been lost?"""
+        return bool(self._on_match)
 
     def _end(self, stored: bytes | None, error: BaseException | None) -> None:
         with _lock:
@@ -113,7 +128,10 @@ class Cell:
             if self._error is not None:
                 raise outcomes.same_kind(self._error)
             assert self._stored is not None
-            self._value = outcomes.open_stored(self.codec, self.ref, self._stored)
+            self._value = outcomes.open_stored(self.codec, self.ref, self._stored, self._large)
+            if outcomes.large_part(self._stored) is None:
+                self._stored = self._stored[: self._stored.index(b"\n") + 1]  # the value is enough
+            self._large = None
         return self._value
 
     def error(self) -> BaseException | None:

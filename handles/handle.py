@@ -4,39 +4,20 @@ import asyncio
 import functools
 import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NoReturn, Self
+from dataclasses import replace
+from typing import Any, NoReturn, Self
 
 from millstream.broker.codec import Codec
 from millstream.broker.keys import deployment_tag
 from millstream.broker.outcomes import open_stored
-from millstream.errors import ConfigError
-from millstream.handles import arguments, engines, mapping
+from millstream.handles import arguments, context, engines, mapping
 from millstream.handles.arguments import RefTask
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
+from millstream.handles.options import HandleOptions, checked, with_extra
 from millstream.handles.ref import ObjectRef
-from millstream.handles.route import Pending, Route
-
-
-@dataclass(frozen=True, slots=True)
-class HandleOptions:
-    """What `options()` can set."""
-
-    method_name: str = "__call__"
-    block_until: Literal["matched", "queued"] = "matched"
-    delay_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.method_name, str) or not 0 < len(self.method_name.encode()) < 256:
-            raise ConfigError(f"method_name={self.method_name!r} must be a method's name, of at most 255 bytes")
-        if self.block_until not in ("matched", "queued"):
-            raise ConfigError(f"block_until={self.block_until!r} is unknown; use 'matched' or 'queued'")
-        if not isinstance(self.delay_s, int | float) or not 0 <= self.delay_s < math.inf:
-            raise ConfigError(f"delay_s={self.delay_s!r} must be a number of seconds, 0 or more")
-
-
-_OPTION_NAMES = tuple(field.name for field in fields(HandleOptions))
+from millstream.handles.route import Pending, Request, Route
+from millstream.handles.streaming import AsyncStream, Stream, StreamCell
 
 
 class _Handle:
@@ -47,7 +28,11 @@ class _Handle:
         self._options = options or HandleOptions()
         self._tag = deployment_tag(app_name, deployment_name)
         self._method = self._options.method_name.encode()
-        self._want = self._options.block_until.encode()
+        self._lane = self._options.priority.encode()
+        self._plain, self._matched_extras = self._options.plain, self._options.matched
+        self._is_simple = not (
+            self._options.delay_s or self._options.eta or self._options.idempotency_key or self._options.timeout_s
+        )
         self._what = f"the arguments of {self._tag}.{self._options.method_name}, (args, kwargs)"
         self._engine: Engine | None = None
         self._route: Route | None = None
@@ -61,11 +46,8 @@ class _Handle:
         return self._app
 
     def options(self, **options: Any) -> Self:
-        """A copy with other options: method_name, block_until ("matched" | "queued"), delay_s. TypeError for others."""
-        unknown = [name for name in options if name not in _OPTION_NAMES]
-        if unknown:
-            raise TypeError(f"options() got an unknown option {unknown[0]!r}; known are {', '.join(_OPTION_NAMES)}")
-        return type(self)(self._deployment, self._app, replace(self._options, **options))
+        """A copy with other options, those of `HandleOptions`. TypeError for an unknown one, ConfigError for a bad value."""
+        return type(self)(self._deployment, self._app, replace(self._options, **checked(options)))
 
     def __getattr__(self, name: str) -> Self:
         # pickle, copy and inspect ask for dunders: they must not become methods of the deployment.
@@ -95,21 +77,62 @@ class _Handle:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
 
+    def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> arguments.Arguments:
+        model_id = self._options.multiplexed_model_id
+        if not model_id and (caller := context.current.get()) is not None:
+            model_id = caller.model_id  # a request passes it on
+        return arguments.encode(self._what, args, kwargs, model_id)
+
+    def _new_ref(self, engine: Engine, route: Route) -> bytes:
+        key = self._options.idempotency_key
+        return engine.new_ref() if key is None else route.codec.ref_of_key(key)
+
     def _submit(
-        self, engine: Engine, route: Route, pending: Pending, encoded: arguments.Arguments, want: bytes
+        self,
+        engine: Engine,
+        route: Route,
+        pending: Pending,
+        encoded: arguments.Arguments,
+        extras: bytes,
+        until_queued: bool = False,
     ) -> None:
         """Hand one request to the engine; on its loop."""
-        envelope = route.codec.seal("request", pending.ref, encoded.body, self._method)
-        if encoded.depends_on or self._options.delay_s:
-            needed = [ref.id for ref in encoded.depends_on]
-            engine.hold(route, pending, self._method, envelope, needed, self._options.delay_s)
-            for ref in encoded.depends_on:
-                ref._if_never_sent(functools.partial(engine.give_up, route, pending.ref))
-        elif encoded.mentions:
-            mentioned = [ref.id for ref in encoded.mentions]
-            engine.submit_after(mentioned, route, pending, self._method, want, envelope)
+        if self._is_simple and type(encoded.body) is bytes and not encoded.depends_on and not encoded.mentions:
+            envelope = route.codec.seal("request", pending.ref, encoded.body, self._method)
+            engine.submit(route, pending, self._lane, self._method, extras, envelope, until_queued)
         else:
-            engine.submit(route, pending, self._method, want, envelope)
+            self._submit_with_care(engine, route, pending, encoded, extras, until_queued)
+
+    def _submit_with_care(
+        self,
+        engine: Engine,
+        route: Route,
+        pending: Pending,
+        encoded: arguments.Arguments,
+        extras: bytes,
+        until_queued: bool,
+    ) -> None:
+        options, ref = self._options, pending.ref
+        if options.idempotency_key is not None:
+            pending = engine.join(pending)
+        request = Request(
+            route, pending, self._lane, self._method, extras, b"", until_queued,
+            depends_on=[ref.id for ref in encoded.depends_on], mentions=[ref.id for ref in encoded.mentions],
+            delay_ms=math.ceil(options.delay_s * 1000), due_ms=options.due_ms,
+        )  # fmt: skip
+        if isinstance(encoded.body, bytes):
+            request.envelope = route.codec.seal("request", ref, encoded.body, self._method)
+        else:
+            request.payload = route.codec.seal_parts("request", ref, encoded.body, self._method)
+            request.extras = with_extra(extras, payload=1)
+        if request.must_wait or request.mentions or request.payload:
+            engine.chores.send(request)
+            for upstream in encoded.depends_on:
+                upstream._if_never_sent(functools.partial(engine.give_up, route, ref))
+        else:
+            engine.submit(route, pending, self._lane, self._method, extras, request.envelope, until_queued)
+        if options.timeout_s is not None:
+            engine.deadlines.add(route.tag, ref, options.timeout_s)
 
 
 class CallFuture(asyncio.Future[Any]):
@@ -118,11 +141,16 @@ class CallFuture(asyncio.Future[Any]):
     codec: Codec
     ref: bytes
     since: float
+    is_private = True
 
-    def settle(self, stored: bytes) -> None:
+    @property
+    def is_over(self) -> bool:
+        return self.done()
+
+    def settle(self, stored: bytes, large: bytes | None = None) -> None:
         if not self.done():
             try:
-                self.set_result(open_stored(self.codec, self.ref, stored))
+                self.set_result(open_stored(self.codec, self.ref, stored, large))
             except BaseException as e:
                 self.set_exception(_settable(e))
 
@@ -132,6 +160,18 @@ class CallFuture(asyncio.Future[Any]):
 
     def match(self) -> None:
         pass
+
+    def item(self, stored: bytes) -> None:
+        pass
+
+    def look_again(self) -> bool:
+        return False
+
+
+class _SharedCallFuture(CallFuture):
+    """Of a request with an idempotency key: its result stays for others."""
+
+    is_private = False
 
 
 def _settable(error: BaseException) -> BaseException:
@@ -149,14 +189,21 @@ class DeploymentHandle(_Handle):
         """Send a request. The task gives its `ObjectRef` once a replica has it, or it is parked, delayed or ended.
 
         With block_until="queued", once the server has it. From then on it is not lost, whatever becomes of the caller.
+        Cancelling the task before that cancels the request (as in Ray), later it does nothing. With options(stream=True)
+        this is `stream`.
 
         Raises SerializationError at once; the task raises DeploymentNotFoundError, DeployFailedError,
         BrokerUnavailableError, BackPressureError. The un-awaited task can be an argument of another call.
         """
+        options = self._options
+        if options.stream:
+            return self.stream(*args, **kwargs)  # type: ignore[return-value]
         engine, route = self._route_here()
-        cell = Cell(route.codec, engine.new_ref())
-        self._submit(engine, route, cell, arguments.encode(self._what, args, kwargs), self._want)
+        cell = Cell(route.codec, self._new_ref(engine, route))
+        self._send(engine, route, cell, args, kwargs, for_match=True)
         ref = ObjectRef(cell.ref_id, cell, engine)
+        if options.idempotency_key is not None:
+            ref.share()
         task = RefTask(self._matched(cell, ref, engine), loop=engine.loop)
         task.ref = ref
         return task
@@ -164,10 +211,23 @@ class DeploymentHandle(_Handle):
     def call(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Send a request and await its value: one await. Raises what `remote` and its ref do."""
         engine, route = self._route_here()
-        future = CallFuture(loop=engine.loop)
-        future.codec, future.ref, future.since = route.codec, engine.new_ref(), engine.now()
-        self._submit(engine, route, future, arguments.encode(self._what, args, kwargs), b"")
+        future = (CallFuture if self._options.idempotency_key is None else _SharedCallFuture)(loop=engine.loop)
+        future.codec, future.ref, future.since = route.codec, self._new_ref(engine, route), engine.now()
+        self._send(engine, route, future, args, kwargs)
         return future
+
+    def stream(self, *args: Any, **kwargs: Any) -> AsyncStream:
+        """Call a generator method: an async iterator of its items, as they are produced.
+
+        At most `max_ahead` of them are produced before they are read. Closing the iterator early (`aclose`, or dropping
+        it) cancels the request. An error of the generator is raised after the items before it. TypeError (as a TaskError)
+        where the method is no generator.
+        """
+        handle = self if self._options.stream else self.options(stream=True)
+        engine, route = handle._route_here()
+        cell = StreamCell(route, engine.new_ref(), engine, handle._options.max_ahead)
+        handle._send(engine, route, cell, args, kwargs)
+        return AsyncStream(cell)
 
     def map(
         self,
@@ -183,9 +243,26 @@ class DeploymentHandle(_Handle):
         """
         return mapping.map_async(self.call, iterable, max_in_flight, ordered=ordered, progress=progress)
 
+    def _send(
+        self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
+    ) -> None:
+        encoded = self._encode(args, kwargs)
+        if not isinstance(encoded.body, bytes):
+            encoded = encoded._replace(body=encoded.body.snapshot())  # the caller may change its arrays at once
+        until_queued = for_match and self._options.block_until == "queued"
+        extras = self._matched_extras if for_match and not until_queued else self._plain
+        self._submit(engine, route, pending, encoded, extras, until_queued)
+        if (caller := context.current.get()) is not None:
+            caller.sends(engine, pending)
+
     async def _matched(self, cell: Cell, ref: ObjectRef, engine: Engine) -> ObjectRef:
         if not cell.is_matched:
-            await cell.future(engine.loop, for_end=False)
+            try:
+                await cell.future(engine.loop, for_end=False)
+            except asyncio.CancelledError:
+                if not cell.is_matched and not engine.is_closed:
+                    engine.chores.cancel_soon(cell.ref_id)
+                raise
         _raise_if_unsent(cell)
         return ref
 
@@ -209,20 +286,41 @@ class SyncHandle(_Handle):
     def remote(self, *args: Any, **kwargs: Any) -> ObjectRef:
         """Send a request and block until a replica has it (or it is parked, delayed or ended). Answers Ctrl-C.
 
-        Raises SerializationError, DeploymentNotFoundError, DeployFailedError, BrokerUnavailableError, BackPressureError.
+        Returns its `ObjectRef`; with options(stream=True) this is `stream`. Raises SerializationError,
+        DeploymentNotFoundError, DeployFailedError, BrokerUnavailableError, BackPressureError.
         """
+        if self._options.stream:
+            return self.stream(*args, **kwargs)  # type: ignore[return-value]
         engines.warn_if_on_a_loop(f"{type(self).__name__}.remote()", "`await` with a DeploymentHandle")
-        cell, engine = self._send(args, kwargs, self._want)
+        background, engine, route = self._route_there()
+        cell = Cell(route.codec, self._new_ref(engine, route))
+        self._send(background, cell, args, kwargs, for_match=True)
         cell.wait(None, for_end=False)
         _raise_if_unsent(cell)
-        return ObjectRef(cell.ref_id, cell, engine)
+        ref = ObjectRef(cell.ref_id, cell, engine)
+        if self._options.idempotency_key is not None:
+            ref.share()
+        return ref
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Send a request and block for its value."""
         engines.warn_if_on_a_loop(f"{type(self).__name__}.call()", "`await` with a DeploymentHandle's call()")
-        cell, _ = self._send(args, kwargs, b"")
+        cell = self._call_cell(args, kwargs)
         cell.wait(None)
         return cell.read()
+
+    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """Call a generator method: an iterator of its items, as they are produced.
+
+        At most `max_ahead` of them are produced before they are read. Closing the iterator early (`close`, or dropping
+        it) cancels the request. An error of the generator is raised after the items before it. TypeError (as a TaskError)
+        where the method is no generator.
+        """
+        handle = self if self._options.stream else self.options(stream=True)
+        background, engine, route = handle._route_there()
+        cell = StreamCell(route, engine.new_ref(), engine, handle._options.max_ahead)
+        handle._send(background, cell, args, kwargs)
+        return Stream(cell)
 
     def map(
         self, iterable: Iterable[Any], *, max_in_flight: int = 1000, ordered: bool = True, progress: bool = False
@@ -233,18 +331,39 @@ class SyncHandle(_Handle):
         """
 
         def send(item: Any) -> Cell:
-            return self._send((item,), {}, b"")[0]
+            return self._call_cell((item,), {}, snapshot=True)
 
         return mapping.map_sync(send, iterable, max_in_flight, ordered=ordered, progress=progress)
 
-    def _send(self, args: tuple[Any, ...], kwargs: dict[str, Any], want: bytes) -> tuple[Cell, Engine]:
-        background = engines.background()
+    def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell:
+        background, engine, route = self._route_there()
+        cell = Cell(route.codec, self._new_ref(engine, route), is_private=self._options.idempotency_key is None)
+        self._send(background, cell, args, kwargs, snapshot=snapshot)
+        return cell
+
+    def _send(
+        self,
+        background: engines.Background,
+        pending: Pending,
+        args: Any,
+        kwargs: Any,
+        *,
+        for_match: bool = False,
+        snapshot: bool = False,
+    ) -> None:
         engine = background.engine
-        route = engine.route(self._tag)
-        encoded = arguments.encode(self._what, args, kwargs)
-        cell = Cell(route.codec, engine.new_ref())
-        background.call(self._submit, engine, route, cell, encoded, want)
-        return cell, engine
+        encoded = self._encode(args, kwargs)
+        if snapshot and not isinstance(encoded.body, bytes):
+            encoded = encoded._replace(body=encoded.body.snapshot())  # the caller goes on before it is sent
+        until_queued = for_match and self._options.block_until == "queued"
+        extras = self._matched_extras if for_match and not until_queued else self._plain
+        background.call(self._submit, engine, engine.route(self._tag), pending, encoded, extras, until_queued)
+        if (caller := context.current.get()) is not None:
+            caller.sends(engine, pending)
+
+    def _route_there(self) -> tuple[engines.Background, Engine, Route]:
+        background = engines.background()
+        return background, background.engine, background.engine.route(self._tag)
 
 
 def _raise_if_unsent(cell: Cell) -> None:

@@ -1,4 +1,7 @@
-"""The two connections of an engine, and their reconnects: commands go out on one, results and notices come in on the other."""
+"""The connections of an engine, and their reconnects: commands go out on one, results and notices come in on another.
+
+A third one, made at first use, carries large values, so that they delay nothing else.
+"""
 
 import asyncio
 import time
@@ -33,6 +36,8 @@ class Lines:
         self._loop = asyncio.get_running_loop()
         self.commands: Link | None = None
         self.replies: Link | None = None
+        self._bulk: Link | None = None
+        self._one_dials = asyncio.Lock()
         self._connector: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -71,9 +76,20 @@ class Lines:
         assert self.commands is not None
         return self.commands
 
+    async def bulk(self) -> Link:
+        """The link for large values. Raises BrokerUnavailableError."""
+        async with self._one_dials:
+            if self._is_closed:
+                raise BrokerUnavailableError("this connection was closed; call again to open a new one")
+            if self._bulk is None or not self._bulk.is_up:
+                self._bulk = await dial(self._settings, f"ms:bulk:{self._name}")
+            return self._bulk
+
     def close(self) -> None:
-        """Close both links for good."""
+        """Close the links for good; what was sent last still goes out."""
         self._is_closed = True
+        if self.commands is not None:
+            self.commands.finish()
         for task in (self._connector, self._connecting):
             if task is not None:
                 task.cancel()
@@ -101,10 +117,10 @@ class Lines:
             await self._user.on_first_up()
 
     def _drop(self) -> None:
-        for link in (self.commands, self.replies):
+        for link in (self.commands, self.replies, self._bulk):
             if link is not None:
                 link.close()
-        self.commands = self.replies = None
+        self.commands = self.replies = self._bulk = None
         self._user.on_lost()
 
     async def _stay_connected(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from millstream.broker.keys import split_ref
+from millstream.broker.states import State
 from millstream.errors import GetTimeoutError
 from millstream.handles import engines
 from millstream.handles.cell import Cell
@@ -18,14 +19,21 @@ class ObjectRef:
 
     `await ref` (repeatedly, in any loop), `ref.result(timeout)` (from any thread), `asyncio.wait([ref])`,
     `asyncio.gather(ref)`. Equal and hashable by id; pickles as its id. Waiting that times out or is cancelled never
-    cancels the request.
+    cancels the request, and neither does dropping the ref. A result whose ref was shared with nobody (its id was not
+    read, it was not pickled nor passed on) is freed when the last reference to it is gone; any other after its TTL.
     """
 
-    __slots__ = ("__weakref__", "_cell", "_engine", "_id", "_lock")
+    __slots__ = ("__weakref__", "_cell", "_engine", "_id", "_is_shared", "_lock")
 
     def __init__(self, ref_id: str, cell: Cell | None = None, engine: Engine | None = None) -> None:
         self._id, self._cell, self._engine = ref_id, cell, engine
+        self._is_shared = cell is None  # else this process made it, and nobody else knows of it yet
         self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        cell, engine = self._cell, self._engine
+        if not self._is_shared and cell is not None and engine is not None and not engine.is_closed:
+            engine.drops.abandon(cell)  # no lock may be taken here: the collector may run us while this thread holds it
 
     @classmethod
     def from_id(cls, ref_id: str) -> "ObjectRef":
@@ -35,15 +43,20 @@ class ObjectRef:
 
     @property
     def id(self) -> str:
-        """`<app>.<deployment>~` and 22 characters."""
+        """`<app>.<deployment>~` and 22 characters. Whoever has it can read the result, until its TTL."""
+        self._is_shared = True
         return self._id
+
+    def share(self) -> None:
+        """Keep the result until its TTL, whatever becomes of this ref: others may know its id."""
+        self._is_shared = True
 
     def hex(self) -> str:
         """The id; Ray's name for it."""
-        return self._id
+        return self.id
 
     def __repr__(self) -> str:
-        return f"ObjectRef({self._id})"
+        return f"ObjectRef({self.id})"
 
     def __hash__(self) -> int:
         return hash(self._id)
@@ -52,7 +65,7 @@ class ObjectRef:
         return self._id == other._id if isinstance(other, ObjectRef) else NotImplemented
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectRef, (self._id,)
+        return ObjectRef, (self.id,)
 
     # asynchronous
 
@@ -97,6 +110,45 @@ class ObjectRef:
         self._followed().on_end(ended)
         return future
 
+    # ending and looking
+
+    def cancel(self) -> bool:
+        """Cancel the request, wherever it is, with the requests that it has sent; False if it had ended before.
+
+        Whoever waits for it gets RequestCancelledError. Running code is cancelled if it is a coroutine, else only told
+        (`serve.get_request_context().is_cancelled`), and its result is ignored; with options(kill_on_cancel=True) its
+        replica is replaced. Blocks for one round trip; `await ref.acancel()` does not. BrokerUnavailableError.
+        """
+        engines.warn_if_on_a_loop("ref.cancel()", "`await ref.acancel()`")
+        self._flushed_elsewhere()
+        return engines.background().run(engines.background().engine.chores.cancel(self._id))
+
+    async def acancel(self) -> bool:
+        """As `cancel`, without blocking the loop."""
+        engine = engines.current()
+        if self._engine is not None and self._engine is not engine and not self._engine.is_closed:
+            self._engine.resubmit_elsewhere(engine)
+        return await engine.chores.cancel(self._id)
+
+    def status(self) -> State:
+        """Where the request is: parked, delayed, queued, running, succeeded, failed, dead, cancelled or timed_out.
+
+        Asks the server. Raises RefNotFoundError, BrokerUnavailableError.
+        """
+        engines.warn_if_on_a_loop("ref.status()", "`await ref.astatus()`")
+        self._flushed_elsewhere()
+        return engines.background().run(engines.background().engine.chores.state(self._id))
+
+    async def astatus(self) -> State:
+        """As `status`, without blocking the loop."""
+        return await engines.current().chores.state(self._id)
+
+    def _flushed_elsewhere(self) -> None:
+        """What a blocked loop of ours has not sent yet is sent by the background's engine, ahead of what follows."""
+        background = engines.background().engine
+        if self._engine is not None and self._engine is not background and not self._engine.is_closed:
+            self._engine.resubmit_elsewhere(background)
+
     # synchronous
 
     def done(self) -> bool:
@@ -110,8 +162,8 @@ class ObjectRef:
             engines.warn_if_on_a_loop("ref.result()", "`await ref`")
         if not cell.wait(timeout):
             raise GetTimeoutError(
-                f"request {self._id} has no result after {timeout} s; it goes on: ask again, or look at `millstream ref {self._id}`",
-                ref_id=self._id,
+                f"request {self.id} has no result after {timeout} s; it goes on: ask again, or look at `millstream ref {self.id}`",
+                ref_id=self.id,
             )
         return cell.read()
 
@@ -140,7 +192,7 @@ class ObjectRef:
         with self._lock:
             if self._cell is None or not self._is_served():
                 cell = self._move_to(engine := engines.current())
-                engine.follow(engine.route(cell.codec.tag), cell)
+                engine.chores.follow(engine.route(cell.codec.tag), cell)
                 return cell
             return self._cell
 
@@ -153,7 +205,7 @@ class ObjectRef:
                 return cell  # type: ignore[return-value]
             background = engines.background()
             cell = self._move_to(background.engine)
-            background.call(background.engine.follow, background.engine.route(cell.codec.tag), cell)
+            background.call(background.engine.chores.follow, background.engine.route(cell.codec.tag), cell)
             return cell
 
     def _is_served(self) -> bool:
@@ -168,6 +220,7 @@ class ObjectRef:
         """A new cell, to be filled by this engine. It also sends what the former one, now blocked, may not have sent."""
         if self._engine is not None and not self._engine.is_closed:
             self._engine.resubmit_elsewhere(engine)
+        self._is_shared = True  # by two engines: which of them may free it?
         self._engine, self._cell = engine, self._new_cell(engine)
         return self._cell
 

@@ -1,7 +1,7 @@
 """What an engine keeps per deployment, and of each request: where it goes, who waits for it, what is not sent yet."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from millstream.broker.codec import Codec, codec_for
@@ -10,22 +10,73 @@ from millstream.config import Settings
 
 
 class Pending(Protocol):
-    """Somebody who waits for the end of one request: a Cell, or the future of a `call`."""
+    """Somebody who waits for the end of one request: a Cell, the future of a `call`, or a stream."""
 
     codec: Codec
     ref: bytes
     since: float
+    is_private: bool  # nobody else can know of it: its result can go once it has been heard
 
-    def settle(self, stored: bytes) -> None: ...
+    @property
+    def is_over(self) -> bool: ...
+    def settle(self, stored: bytes, large: bytes | None = None) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def match(self) -> None: ...
+    def item(self, stored: bytes) -> None: ...
+    def look_again(self) -> bool: ...
+
+
+class Several:
+    """Several who wait for the same request: refs made of one id, or calls with one idempotency key."""
+
+    __slots__ = ("codec", "is_private", "pendings", "ref", "since")
+
+    def __init__(self, *pendings: Pending) -> None:
+        self.pendings = list(pendings)
+        first = pendings[0]
+        self.codec, self.ref, self.since = first.codec, first.ref, first.since
+        self.is_private = False
+
+    @property
+    def is_over(self) -> bool:
+        return all(pending.is_over for pending in self.pendings)
+
+    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+        for pending in self.pendings:
+            pending.settle(stored, large)
+
+    def fail(self, error: BaseException) -> None:
+        for pending in self.pendings:
+            pending.fail(error)
+
+    def match(self) -> None:
+        for pending in self.pendings:
+            pending.match()
+
+    def item(self, stored: bytes) -> None:
+        for pending in self.pendings:
+            pending.item(stored)
+
+    def look_again(self) -> bool:
+        wants = [pending.look_again() for pending in self.pendings]  # all of them, not up to the first
+        return any(wants)
 
 
 class Route:
     """The engine's way to one deployment: its keys, and what is to be submitted there next."""
 
     __slots__ = (
-        "buffer", "buffered_bytes", "codec", "in_the_air", "is_preparing", "is_ready", "keys", "tag", "unacknowledged",
+        "buffer",
+        "buffered_bytes",
+        "codec",
+        "in_the_air",
+        "is_preparing",
+        "is_ready",
+        "keys",
+        "patience_s",
+        "patient",
+        "tag",
+        "unacknowledged",
     )  # fmt: skip
 
     def __init__(self, settings: Settings, tag: str) -> None:
@@ -38,6 +89,8 @@ class Route:
         self.buffered_bytes = 0
         self.in_the_air = 0
         self.unacknowledged: set[Batch] = set()
+        self.patient: list[Any] = []  # as `buffer`: refused for a full queue, to be sent again a little later
+        self.patience_s = 0.0  # until then; 0: nobody is
 
 
 class Batch:
@@ -49,14 +102,29 @@ class Batch:
         self.requests = requests
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """A request that must wait in the server, for refs or for its time, until the server has it."""
+@dataclass(slots=True)
+class Request:
+    """A request that takes more than one step to send: it waits in the server, is large, or comes after others."""
 
     route: Route
     pending: Pending
+    lane: bytes
     method: bytes
+    extras: bytes
     envelope: bytes
-    depends_on: list[str]
-    delay_s: float
-    acknowledged: asyncio.Future[None]  # or failed
+    until_queued: bool = False
+    depends_on: list[str] = field(default_factory=list)  # ref ids whose values it needs
+    mentions: list[str] = field(default_factory=list)  # ref ids that must be on the server before it
+    delay_ms: int = 0
+    due_ms: int = 0  # on the server's clock
+    payload: list[bytes | memoryview] | None = None  # the envelope in parts, where it is large
+    acknowledged: asyncio.Future[None] | None = None  # or failed
+
+    @property
+    def must_wait(self) -> bool:
+        """Is it to be parked or delayed by the server?"""
+        return bool(self.depends_on or self.delay_ms or self.due_ms)
+
+    def acknowledge(self) -> None:
+        if self.acknowledged is not None and not self.acknowledged.done():
+            self.acknowledged.set_result(None)

@@ -1,4 +1,4 @@
-"""`get`, `wait` and `put`, by Ray's rules."""
+"""`get`, `wait`, `put` and `cancel`, by Ray's rules."""
 
 import time
 from collections.abc import Sequence
@@ -11,6 +11,13 @@ from millstream.handles import engines
 from millstream.handles.ref import ObjectRef
 
 PUT_TTL_S = 3600.0
+
+
+def cancel(ref: ObjectRef) -> bool:
+    """`ref.cancel()`, under Ray's name. TypeError for anything but a ref."""
+    if not isinstance(ref, ObjectRef):
+        raise TypeError(f"cancel() takes a ref, not {type(ref).__name__}")
+    return ref.cancel()
 
 
 def get(refs: ObjectRef | list[ObjectRef], *, timeout: float | None = None) -> Any:
@@ -102,9 +109,11 @@ def put(value: Any) -> ObjectRef:
 
     Raises SerializationError, PayloadTooLargeError, BrokerUnavailableError.
     """
-    body = pickling.dump(value, what="the value put")
+    engines.warn_if_on_a_loop("millstream.put()", "`await asyncio.to_thread(millstream.put, value)`")
+    body = pickling.dump_parts(value, what="the value put")
     background = engines.background()
     engine = background.engine
     route, ref = engine.route(put_tag()), engine.new_ref()
-    background.run(engine.put(route, ref, route.codec.seal("value", ref, body), PUT_TTL_S))
+    seal = route.codec.seal if isinstance(body, bytes) else route.codec.seal_parts
+    background.run(engine.chores.put(route, ref, seal("value", ref, body), PUT_TTL_S))  # type: ignore[arg-type]
     return ObjectRef.from_id(f"{route.tag}~{ref.decode()}")

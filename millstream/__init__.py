@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from millstream.handles.handle import DeploymentHandle as DeploymentHandle
     from millstream.handles.handle import SyncHandle as SyncHandle
     from millstream.handles.ref import ObjectRef as ObjectRef
+    from millstream.handles.waiting import cancel as cancel
     from millstream.handles.waiting import get as get
     from millstream.handles.waiting import put as put
     from millstream.handles.waiting import wait as wait
@@ -52,7 +53,7 @@ _ERRORS = (
 )  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_ERRORS, "millstream.errors"),
-    **dict.fromkeys(("get", "put", "wait"), "millstream.handles.waiting"),
+    **dict.fromkeys(("cancel", "get", "put", "wait"), "millstream.handles.waiting"),
     **dict.fromkeys(("init", "is_initialized", "shutdown"), "millstream.runtime"),
     **dict.fromkeys(("DeploymentHandle", "SyncHandle"), "millstream.handles.handle"),
     "ObjectRef": "millstream.handles.ref",

@@ -2,20 +2,27 @@
 
 import asyncio
 import contextvars
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from millstream.broker import pickling, remote_errors
-from millstream.broker.codec import Codec, codec_for
-from millstream.broker.keys import split_ref
-from millstream.broker.outcomes import open_stored
-from millstream.config import Settings
-from millstream.errors import SerializationError
+from millstream.broker.codec import Codec
+from millstream.broker.pickling import Pickled
+from millstream.errors import MillstreamError, SerializationError
 from millstream.handles import arguments
+from millstream.handles.context import Request, current
 from millstream.replicas.finisher import Finisher
+from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
+from millstream.replicas.streaming import Emitters
 
-JSON = ord("j")  # the form byte of an envelope
+# Fields of an entry that only say something about it. With any other, it takes more than one step to start.
+_SIMPLE = frozenset(
+    {b"ref", b"method", b"reply", b"body", b"want", b"kill", b"attempt", b"history", b"lane", b"max_attempts"}
+)
 
 
 class Attempt(NamedTuple):
@@ -27,49 +34,201 @@ class Attempt(NamedTuple):
     method: bytes
     client: bytes
     body: bytes
-    want: bytes
-    supplied: dict[str, bytes]  # ref id -> stored value, of the refs among its arguments
+    more: dict[bytes, bytes]  # all fields, of a request that has some beyond the usual; else empty
+
+    @property
+    def place(self) -> tuple[str, bytes]:
+        return self.lane, self.entry
+
+    @property
+    def deadline_ms(self) -> int | None:
+        """On the server's clock."""
+        return int(self.more[b"deadline"]) if b"deadline" in self.more else None
+
+    @property
+    def supplied(self) -> dict[str, bytes]:
+        """ref id -> stored value, of the refs among its arguments."""
+        return {name[4:].decode(): value for name, value in self.more.items() if name[:4] == b"dep:"}
+
+    @property
+    def max_ahead(self) -> int | None:
+        """Of a stream: how many items may be produced before they are read. None: no stream is asked for."""
+        return int(self.more[b"stream"]) if b"stream" in self.more else None
 
 
 def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
     """From the fields of a stream entry. Raises KeyError if it is not a request."""
     if len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body":  # as submit writes it
-        return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], b"", {})
+        return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
-    supplied = {name[4:].decode(): value for name, value in named.items() if name[:4] == b"dep:"}
-    want = named.get(b"want", b"")
-    return Attempt(lane, entry, named[b"ref"], named[b"method"], named[b"reply"], named[b"body"], want, supplied)
+    return Attempt(lane, entry, named[b"ref"], named[b"method"], named[b"reply"], named[b"body"], named)
+
+
+_NOTHING: dict[bytes, bytes] = {}
+
+
+class Running:
+    """An attempt that has not ended at once."""
+
+    __slots__ = ("attempt", "future", "is_taken", "job", "request", "since")
+
+    def __init__(self, attempt: Attempt, request: Request, since: float) -> None:
+        self.attempt, self.request, self.since = attempt, request, since
+        self.future: asyncio.Future[Any] | None = None
+        self.job: Any = None  # of the thread that runs it, if one does
+        self.is_taken = False  # cancelled, timed out or given to another replica: its outcome is nobody's
 
 
 class Executor:
-    """Runs attempts. `on_end` is called once for each, after its outcome was handed to the finisher."""
+    """Runs attempts. The outcome of each goes to the finisher, unless it was taken away from here.
+
+    `expire` has the server decide about an attempt whose deadline seems to have passed: True if it has ended.
+    """
 
     def __init__(
-        self, served: Served, codec: Codec, settings: Settings, finisher: Finisher, threads: int, where: str
+        self,
+        served: Served,
+        codec: Codec,
+        finisher: Finisher,
+        large: LargeValues,
+        emitters: Emitters,
+        *,
+        threads: int,
+        where: str,
+        now_ms: Callable[[], float],
+        expire: Callable[[bytes], Awaitable[bool]],
     ) -> None:
-        self._served, self._codec, self._settings = served, codec, settings
-        self._finisher, self._where = finisher, where
+        self._served, self._codec, self._finisher = served, codec, finisher
+        self._large, self._emitters, self._where = large, emitters, where
+        self._now_ms, self._expire = now_ms, expire
         self._result_of = f"a result of {codec.tag}"
+        self._ref_prefix = f"{codec.tag}~"
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
-        self.running: dict[tuple[str, bytes], asyncio.Future[Any] | None] = {}
+        self.running: dict[tuple[str, bytes], Running] = {}
         self.slot_freed = asyncio.Event()
 
     def start(self, attempt: Attempt) -> None:
         """Run one attempt: to its end if it cannot suspend, else to its first suspension. Never raises."""
+        if attempt.more and not attempt.more.keys() <= _SIMPLE:
+            self._start_with_care(attempt)
+            return
         try:
-            args, kwargs = self._codec.open("request", attempt.ref, attempt.body, attempt.method)
-            if attempt.supplied:
-                values = {ref_id: self._open_value(ref_id, stored) for ref_id, stored in attempt.supplied.items()}
-                args, kwargs = arguments.fill_in(args, kwargs, values)
-            method = self._served.method(attempt.method)
+            method, args, kwargs, model_id = self._open(attempt, attempt.body, None)
         except Exception as e:
             self._failed(attempt, e)
             return
+        request = Request(self._ref_prefix + attempt.ref.decode(), model_id)
+        current.set(request)  # in the context of the claim loop, of which each request gets a copy
         if method.is_prompt:
             self._run_at_once(attempt, method, args, kwargs)
+            return
+        running = Running(attempt, request, self._loop.time())
+        if method.is_async:
+            self._follow(running, self._loop.create_task(_await(method.function, args, kwargs)))
         else:
-            self._run_later(attempt, method, args, kwargs)
+            running.job = self._threads.submit(contextvars.copy_context().run, _call, method.function, args, kwargs)
+            self._follow(running, _InThread(running.job, self._loop))
+        if attempt.more:
+            self._notice(attempt)
+
+    def _open(
+        self, attempt: Attempt, body: bytes, values: dict[str, Any] | None
+    ) -> tuple[Method, tuple[Any, ...], dict[str, Any], str]:
+        """Verify and decode a request. Raises SignatureError, and MillstreamError or TypeError if it cannot be called so."""
+        args, kwargs, *model = self._codec.open("request", attempt.ref, body, attempt.method)
+        if values:
+            args, kwargs = arguments.fill_in(args, kwargs, values)
+        method = self._served.method(attempt.method)
+        if method.is_generator and attempt.max_ahead is None:
+            raise TypeError(
+                f"method {attempt.method.decode()!r} of {self._codec.tag} is a generator; "
+                "call it with handle.stream(...), or with options(stream=True)"
+            )
+        return method, args, kwargs, model[0] if model else ""
+
+    # what takes more than one step
+
+    def _start_with_care(self, attempt: Attempt) -> None:
+        request = Request(self._ref_prefix + attempt.ref.decode(), "")
+        running = Running(attempt, request, self._loop.time())
+        self._follow(running, self._loop.create_task(self._run_with_care(running)))
+
+    async def _run_with_care(self, running: Running) -> Any:
+        """A request with a deadline, a stream, large arguments, or values of others. Its slot is taken from the start."""
+        attempt = running.attempt
+        if (
+            attempt.deadline_ms is not None
+            and self._now_ms() >= attempt.deadline_ms
+            and await self._expire(attempt.ref)
+        ):
+            running.is_taken = True
+            return None
+        body = await self._large.read_payload(attempt.ref) if b"payload" in attempt.more else attempt.body
+        values = await self._large.read_all(attempt.supplied)
+        method, args, kwargs, running.request.model_id = self._open(attempt, body, values)
+        del body, values
+        current.set(running.request)
+        self._notice(attempt)
+        call = functools.partial(method.function, *args, **kwargs)
+        if attempt.max_ahead is not None:
+            return await self._run_stream(running, call, attempt.max_ahead)
+        if method.is_async:
+            return await _await(call, (), {})
+        running.job = self._threads.submit(contextvars.copy_context().run, _call, call, (), {})
+        return await _InThread(running.job, self._loop)
+
+    async def _run_stream(self, running: Running, call: Callable[[], Any], max_ahead: int) -> int:
+        attempt = running.attempt
+
+        def lose(_: str) -> None:
+            self.take_away(*attempt.place)
+
+        def started(job: Any) -> None:
+            running.job = job
+
+        emitter = self._emitters.open(attempt.place, attempt.ref, attempt.client, max_ahead, lose)
+        try:
+            return await emitter.run(call, self._threads, started)
+        finally:
+            emitter.end()
+
+    def _follow(self, running: Running, future: asyncio.Future[Any]) -> None:
+        running.future = future
+        self.running[running.attempt.place] = running
+        future.add_done_callback(functools.partial(self._ended, running))
+
+    def _notice(self, attempt: Attempt) -> None:
+        if b"want" in attempt.more:
+            self._finisher.notice(attempt.ref, attempt.client, f"{attempt.lane} ".encode() + attempt.entry)
+
+    # what others decide
+
+    def take_away(self, lane: str, entry: bytes) -> Running | None:
+        """This attempt is cancelled, timed out, or another replica's: a coroutine is cancelled, a thread told.
+
+        Answers what still runs nevertheless, in a thread. The slot is free when it has ended.
+        """
+        running = self.running.get((lane, entry))
+        if running is None or running.is_taken:
+            return None
+        running.is_taken = True
+        running.request.cancel()
+        self._emitters.close(running.attempt.place)
+        if running.job is not None and not running.job.cancel():
+            return running
+        assert running.future is not None
+        running.future.cancel()
+        return None
+
+    def abandon(self, running: Running) -> None:
+        """Wait for it no longer: its process ends."""
+        self.running.pop(running.attempt.place, None)
+        self.slot_freed.set()
+
+    def running_since(self, before: float) -> list[Running]:
+        """What has been running here since before a moment on the loop's clock, and has not been taken away."""
+        return [running for running in self.running.values() if running.since < before and not running.is_taken]
 
     def close(self) -> None:
         """Let idle threads go; a thread still running user code ends with the process."""
@@ -82,16 +241,15 @@ class Executor:
     def hand_back_unstarted(self) -> list[tuple[str, bytes]]:
         """Take back what waits for a thread: (lane, entry) of each, which will not run here."""
         unstarted = []
-        for place, future in list(self.running.items()):
-            if isinstance(future, _InThread) and future.job.cancel():
+        for place, running in list(self.running.items()):
+            if running.job is not None and running.job.cancel():
+                running.is_taken = True
+                assert running.future is not None
+                running.future.cancel()
                 del self.running[place]
                 unstarted.append(place)
         self.slot_freed.set()
         return unstarted
-
-    def _open_value(self, ref_id: str, stored: bytes) -> Any:
-        tag, ref = split_ref(ref_id)
-        return open_stored(codec_for(self._settings.secret_key, self._settings.namespace, tag), ref.encode(), stored)
 
     def _run_at_once(self, attempt: Attempt, method: Method, args: Any, kwargs: Any) -> None:
         try:
@@ -105,24 +263,16 @@ class Executor:
             coroutine.close()
             self._failed(attempt, RuntimeError(f"{method.function!r} suspended where its code cannot"))
 
-    def _run_later(self, attempt: Attempt, method: Method, args: Any, kwargs: Any) -> None:
-        future: asyncio.Future[Any]
-        if method.is_async:
-            future = self._loop.create_task(_await(method.function, args, kwargs))
-        else:
-            context = contextvars.copy_context()
-            job = self._threads.submit(context.run, _call, method.function, args, kwargs)
-            future = _InThread(job, self._loop)
-        self.running[attempt.lane, attempt.entry] = future
-        future.add_done_callback(lambda done: self._ended(attempt, done))
-        if attempt.want:
-            self._finisher.notice(attempt.ref, attempt.client, f"{attempt.lane} ".encode() + attempt.entry)
+    # the end
 
-    def _ended(self, attempt: Attempt, done: asyncio.Future[Any]) -> None:
-        if self.running.pop((attempt.lane, attempt.entry), done) is not done:
-            return
+    def _ended(self, running: Running, done: asyncio.Future[Any]) -> None:
+        self.running.pop(running.attempt.place, None)
         self.slot_freed.set()
-        if done.cancelled():
+        attempt = running.attempt
+        if running.is_taken:
+            if not done.cancelled():
+                done.exception()  # retrieved: nobody asks for it
+        elif done.cancelled():
             self._failed(attempt, asyncio.CancelledError())
         elif (error := done.exception()) is not None:
             self._failed(attempt, error)
@@ -135,14 +285,47 @@ class Executor:
 
     def _succeeded(self, attempt: Attempt, value: Any) -> None:
         try:
-            if attempt.body[1] == JSON:
+            if attempt.body[1:2] == b"j":
                 envelope = self._seal_json(attempt, value)
             else:
-                envelope = self._codec.seal("value", attempt.ref, pickling.dump(value, self._result_of))
+                body = pickling.dump_parts(value, self._result_of)
+                if isinstance(body, Pickled):
+                    self._finish_large(attempt, body)
+                    return
+                envelope = self._codec.seal("value", attempt.ref, body)
         except Exception as e:
-            self._failed(attempt, e)
+            self._failed(attempt, _explained(e, value, self._result_of))
             return
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"succeeded", envelope)
+
+    def _finish_large(self, attempt: Attempt, body: Pickled) -> None:
+        """Write the value under a key of its own, then finish. The slot stays taken."""
+        body = body.snapshot()  # it may be the deployment's own array, and the next request change it
+        running = Running(attempt, Request(self._ref_prefix + attempt.ref.decode(), ""), self._loop.time())
+        writing = self._loop.create_task(self._large.write_value(attempt.ref, attempt.entry.decode(), body))
+        running.future, self.running[attempt.place] = writing, running
+
+        def written(done: asyncio.Future[bytes]) -> None:
+            self.running.pop(attempt.place, None)
+            self.slot_freed.set()
+            if running.is_taken or done.cancelled():
+                return  # what was written has a TTL
+            if (error := done.exception()) is not None:
+                self._failed(attempt, error)
+            else:
+                self._finisher.finish(
+                    attempt.lane, attempt.entry, attempt.ref, attempt.client, b"succeeded", done.result()
+                )
+
+        writing.add_done_callback(written)
+
+    def value_was_lost(self, lane: str, entry: bytes, ref: bytes, client: bytes) -> None:
+        """The server has lost a large value between its writing and the finish: then the request has failed."""
+        error = MillstreamError(
+            "the server lost the value before it could be announced: it is out of memory and evicts, or was emptied; "
+            "see that its maxmemory-policy is noeviction"
+        )
+        self._failed(Attempt(lane, entry, ref, b"", client, b"", _NOTHING), error)
 
     def _seal_json(self, attempt: Attempt, value: Any) -> bytes:
         """Who asks in JSON is answered in JSON."""
@@ -159,6 +342,15 @@ class Executor:
         else:
             envelope = self._codec.seal("error", attempt.ref, remote_errors.capture(error, where=self._where))
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"failed", envelope)
+
+
+def _explained(error: Exception, value: Any, result_of: str) -> Exception:
+    """Why a result cannot be sent: a generator that was not asked for as a stream is no question of pickling."""
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        return TypeError(
+            f"{result_of} is a generator; call the method with handle.stream(...), or options(stream=True)"
+        )
+    return error
 
 
 class _Raised(NamedTuple):

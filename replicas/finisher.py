@@ -41,6 +41,7 @@ class Finisher:
         self._in_the_air = 0
         self._is_scheduled = False
         self.link: Link | None = None
+        self.on_lost_value: Callable[[str, bytes, bytes, bytes], None] | None = None  # lane, entry, ref, client
 
     @property
     def is_idle(self) -> bool:
@@ -104,11 +105,15 @@ class Finisher:
             return
         refused, waiters = reply
         for position, why in refused.items():
+            entry, ref, client = batch[position * FIELDS : position * FIELDS + 3]
             if why is Finished.STALE:
-                ref = batch[position * FIELDS + 1].decode()
                 log.warning(
-                    "request %s~%s was taken over while it ran here: its late result is dropped", self._keys.tag, ref
+                    "request %s~%s was taken over while it ran here: its late result is dropped",
+                    self._keys.tag,
+                    ref.decode(),
                 )
+            elif why is Finished.MISSING and self.on_lost_value is not None:
+                self.on_lost_value(lane, entry, ref, client)
         if waiters:
             self._start_chore(self._supply(lane, batch, waiters))
 

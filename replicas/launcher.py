@@ -296,6 +296,9 @@ class Launcher:
             self._nudge.set()
         elif "well" in message:
             process.ongoing = message["well"]
+        elif "recycling" in message:
+            process.expect_end()
+            self._nudge.set()
         elif "failed" in message:
             process.failure = (message["failed"], message["traceback"])
 

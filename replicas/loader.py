@@ -18,11 +18,13 @@ _SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One callable method: `is_async` runs on the loop, else in a thread; `is_prompt` cannot even suspend."""
+    """One callable method: `is_async` runs on the loop, else in a thread; `is_prompt` cannot even suspend; `is_generator`
+    yields items."""
 
     function: Callable[..., Any]
     is_async: bool
     is_prompt: bool
+    is_generator: bool = False
 
 
 class Served:
@@ -52,7 +54,8 @@ class Served:
                 )
         body = function if inspect.isroutine(function) else type(function).__call__
         is_async = inspect.iscoroutinefunction(body) or inspect.iscoroutinefunction(function)  # a functools.partial
-        return Method(function, is_async, _is_prompt(body))
+        is_generator = inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body)
+        return Method(function, is_async, _is_prompt(body), is_generator)
 
     def public_methods(self) -> list[str]:
         if inspect.isroutine(self.instance):

@@ -16,6 +16,7 @@ from millstream.errors import MillstreamError
 from millstream.replicas.control import Control
 
 Message = dict[str, Any]
+GRACE_S = 20.0  # of a replica that ends by its own decision
 
 
 class WarmFailed(MillstreamError):
@@ -153,9 +154,13 @@ class ReplicaProcess:
 
     async def drain(self, grace_s: float) -> None:
         """Ask it to finish and end; it is killed `grace_s` and a little later."""
+        self.expect_end(grace_s)
+        await self.control.send({"drain": True})
+
+    def expect_end(self, grace_s: float = GRACE_S) -> None:
+        """It drains by its own decision: another takes its place at once, and it is killed if it takes too long."""
         self.is_draining = True
         self.kill_at = time.monotonic() + grace_s + 2.0
-        await self.control.send({"drain": True})
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from millstream.broker import scripts
@@ -32,7 +33,10 @@ from millstream.replicas.control import Control
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.intake import Intake
+from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Served, build
+from millstream.replicas.orders import Orders, ServerClock, expire
+from millstream.replicas.streaming import Emitters
 
 HOUSEKEEPING_S = 1.0
 log = logging.getLogger("millstream.replica")
@@ -62,6 +66,10 @@ class Replica:
         self._stop = asyncio.Event()
         self._reads: Link | None = None  # may be blocked in the server
         self._writes: Link | None = None
+        self._hears: Link | None = None  # orders
+        self._clock = ServerClock()
+        self._orders: Orders
+        self._emitters: Emitters
         self._intake: Intake | None = None
 
     async def run(self) -> int:
@@ -90,8 +98,21 @@ class Replica:
         codec = codec_for(self._settings.secret_key, self._settings.namespace, self._birth.tag)
         supplier = Supplier(self._settings, self._run)
         finisher = Finisher(self._keys, int(config.result_ttl_s), supplier, self._start_chore)
-        where = f"replica {self._birth.replica}, pid {os.getpid()}"
-        executor = Executor(served, codec, self._settings, finisher, config.sync_threads, where)
+        large = LargeValues(self._settings, self._keys, self._birth.replica)
+        self._emitters = Emitters(self._keys, codec, large, int(config.result_ttl_s))
+        executor = Executor(
+            served,
+            codec,
+            finisher,
+            large,
+            self._emitters,
+            threads=config.sync_threads,
+            where=f"replica {self._birth.replica}, pid {os.getpid()}",
+            now_ms=self._clock.now_ms,
+            expire=partial(expire, self._run, supplier, self._keys),
+        )
+        finisher.on_lost_value = executor.value_was_lost
+        self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
         self._intake = intake = Intake(self._keys, self._birth.replica, executor, served.max_ongoing(config))
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
         housekeeping = asyncio.create_task(self._keep_house(intake, executor))
@@ -106,6 +127,7 @@ class Replica:
             for task in (serving, housekeeping, stopping, *self._chores):
                 task.cancel()
             executor.close()
+            large.close()
             # What still runs is cancelled by the end of the loop. That must not reach the server as the request's failure.
             self._hang_up()
 
@@ -118,10 +140,14 @@ class Replica:
             try:
                 reads = self._reads = await dial(self._settings, f"ms:reads:{self._birth.replica}")
                 writes = self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
+                hears = self._hears = await dial(
+                    self._settings, f"ms:hears:{self._birth.replica}", self._orders.on_message
+                )
+                await hears.ask("SSUBSCRIBE", self._keys.orders(self._birth.replica))
                 await self._come_up(reads, writes, intake, finisher)
                 delays = backoff()
                 outage.ended()
-                await self._claim_until_lost(intake, reads, writes)
+                await self._claim_until_lost(intake, reads, writes, hears)
                 return
             except BrokerUnavailableError as e:
                 outage.began(e)
@@ -130,11 +156,11 @@ class Replica:
                 if not intake.is_draining:
                     self._hang_up()
 
-    async def _claim_until_lost(self, intake: Intake, reads: Link, writes: Link) -> None:
-        """Claim until draining. Raises BrokerUnavailableError when either connection is lost, also while all slots are taken."""
+    async def _claim_until_lost(self, intake: Intake, reads: Link, writes: Link, hears: Link) -> None:
+        """Claim until draining. Raises BrokerUnavailableError when a connection is lost, also while all slots are taken."""
         claiming = asyncio.create_task(intake.run(reads, writes))
         try:
-            await asyncio.wait([claiming, reads.lost, writes.lost], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([claiming, reads.lost, writes.lost, hears.lost], return_when=asyncio.FIRST_COMPLETED)
             if not claiming.done():
                 raise BrokerUnavailableError("a connection to the server was lost")
             await claiming
@@ -142,7 +168,7 @@ class Replica:
             claiming.cancel()
 
     def _hang_up(self) -> None:
-        for link in (self._reads, self._writes):
+        for link in (self._reads, self._writes, self._hears):
             if link is not None:
                 link.close()
 
@@ -153,9 +179,21 @@ class Replica:
             return
         await writes.run(scripts.groups(self._keys))
         await self._register("RUNNING", [reads.client_id, writes.client_id])
+        await self._clock.set(writes.ask)
         await intake.reconcile(reads, writes)
-        finisher.resume(writes)
+        self._resume(writes, finisher)
         await self._control.send({"ready": [reads.client_id, writes.client_id]})
+
+    def _resume(self, writes: Link, finisher: Finisher) -> None:
+        """Send what waits; the items of streams ahead of their results."""
+        self._emitters.resume(writes)
+        finisher.resume(writes)
+
+    def _recycle(self, why: str) -> None:
+        """End this process in order, and have the launcher start another at once."""
+        log.warning("replica %s is replaced: %s", self._birth.replica, why)
+        self._start_chore(self._control.send({"recycling": why}))
+        self._stop.set()
 
     async def _register(self, state: str, connections: list[int] | None = None) -> None:
         """Lease first: a replica that is listed without one is dead."""
@@ -174,6 +212,8 @@ class Replica:
             await asyncio.sleep(HOUSEKEEPING_S * random.uniform(0.8, 1.2))
             try:
                 await sweeper.step(self._birth.tag)
+                await self._clock.set(self._ask)
+                await self._orders.check(self._ask)
                 if not await self._ask("EXISTS", self._keys.config):
                     self._stop.set()  # the deployment was removed; usually the launcher says so first
                 if self._control.is_orphaned:
@@ -241,7 +281,7 @@ class Replica:
             if self._writes is None or not self._writes.is_up:
                 try:
                     self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
-                    finisher.resume(self._writes)
+                    self._resume(self._writes, finisher)
                 except BrokerUnavailableError:
                     await asyncio.sleep(next(delays))
             await asyncio.sleep(0.005)  # three owners would have to set an event; this runs once in a life

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import anyio.to_thread
 import pytest
@@ -75,7 +75,7 @@ class Model:
 def test_refs_at_the_top_level_are_replaced_and_named() -> None:
     encoded = arguments.encode("a call", (1, REF), {"x": OTHER, "y": [REF]})
 
-    args, kwargs = pickling.load(encoded.body)
+    args, kwargs = pickling.load(cast(bytes, encoded.body))
     assert (args, kwargs) == ((1, Later(REF.id)), {"x": Later(OTHER.id), "y": [REF]})
     assert encoded.depends_on == [REF, OTHER]
     assert arguments.fill_in(args, kwargs, {REF.id: "one", OTHER.id: "two"}) == ((1, "one"), {"x": "two", "y": [REF]})
@@ -84,7 +84,7 @@ def test_refs_at_the_top_level_are_replaced_and_named() -> None:
 def test_arguments_without_refs_are_as_they_were() -> None:
     encoded = arguments.encode("a call", (1, [2]), {"x": 3})
 
-    assert pickling.load(encoded.body) == ((1, [2]), {"x": 3})
+    assert pickling.load(cast(bytes, encoded.body)) == ((1, [2]), {"x": 3})
     assert (encoded.depends_on, encoded.mentions) == ([], [])
 
 

@@ -15,7 +15,7 @@ from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
-from millstream.handles import engine as engine_module
+from millstream.handles import chores, submitter
 from millstream.handles import engines, lines, patrol
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Route
@@ -83,7 +83,7 @@ async def test_burst_survives_the_loss_of_both_connections_and_nothing_runs_twic
         for start in range(0, 2000, 20):
             tasks.start_soon(caller, range(start, start + 20))
         for many in sorted(rng.sample(range(100, 1500), 4)):
-            await wait_until(lambda many=many: len(values) >= many and engines.current()._lines.is_connected)
+            await wait_until(lambda many=many: len(values) >= many and engines.current().lines.is_connected)
             assert await cut_ours(redis) == 2
 
     assert sorted(values) == list(range(2000))
@@ -110,14 +110,14 @@ async def test_results_of_what_ran_during_the_outage_arrive_after_it(
     handle = serving(Ledger, gate)
     futures = [handle.held.call(x) for x in range(300)]
     await wait_until(lambda: gate.inside == 100)
-    commands = engines.current()._lines.commands
+    commands = engines.current().lines.commands
     assert commands is not None
 
     await cut_ours(redis, what)
     gate.open()
 
     assert await asyncio.wait_for(asyncio.gather(*futures), 5) == list(range(300))
-    assert engines.current()._lines.commands is not commands
+    assert engines.current().lines.commands is not commands
 
 
 @pytest.mark.parametrize("how", ["call", "delayed", "dependent", "by id", "another deployment"])
@@ -133,7 +133,7 @@ async def test_request_made_in_the_very_moment_of_the_loss_is_sent_after_it(
         "by id": lambda: asyncio.ensure_future(_value(ObjectRef.from_id(ref.id))),
         "another deployment": lambda: other.call(1),
     }[how]
-    commands = engines.current()._lines.commands
+    commands = engines.current().lines.commands
     made: list[Any] = []
     assert commands is not None
     commands.lost.add_done_callback(lambda _: made.append(make()))  # before the engine itself has noticed
@@ -165,7 +165,7 @@ async def test_chain_survives_the_loss_of_both_connections(serving: Serving, red
 async def test_connection_whose_other_end_vanished_is_ended_by_the_kernel_within_the_patience(serving: Serving) -> None:
     await serving(Ledger).call(1)
 
-    for link in (engines.current()._lines.commands, engines.current()._lines.replies):
+    for link in (engines.current().lines.commands, engines.current().lines.replies):
         assert link is not None and link._transport is not None
         sock = link._transport.get_extra_info("socket")
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -208,7 +208,7 @@ async def test_order_of_the_requests_of_a_caller_is_kept(serving: Serving) -> No
 async def test_lost_message_is_made_up_for(serving: Serving, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     handle = serving(Ledger)
     await handle.call("first")
-    replies, swallowed = engines.current()._lines.replies, list[bytes]()
+    replies, swallowed = engines.current().lines.replies, list[bytes]()
     assert replies is not None
     monkeypatch.setattr(replies, "_on_message", swallowed.append)
 
@@ -227,14 +227,14 @@ async def test_lost_messages_of_many_are_made_up_for_a_bounded_number_at_a_time(
     handle = serving(Ledger)
     await handle.call("first")
     engine, looked_at = engines.current(), list[int]()
-    assert engine._lines.replies is not None
+    assert engine.lines.replies is not None
     look_at = engine._patrol._look_at
 
     def counted(route: Route, refs: list[bytes]) -> None:
         looked_at.append(len(refs))
         look_at(route, refs)
 
-    monkeypatch.setattr(engine._lines.replies, "_on_message", lambda message: None)
+    monkeypatch.setattr(engine.lines.replies, "_on_message", lambda message: None)
     monkeypatch.setattr(engine._patrol, "_look_at", counted)
     monkeypatch.setattr(patrol, "LOOK_AT_ONCE", 20)
 
@@ -296,7 +296,8 @@ async def test_server_that_takes_no_writes_for_a_while_is_waited_for(
 async def test_server_that_does_not_come_back_is_given_up_on(
     start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(engine_module, "PATIENCE_S", 0.3)
+    for module in (chores, submitter):
+        monkeypatch.setattr(module, "PATIENCE_S", 0.3)
     monkeypatch.setattr(lines, "PATIENCE_S", 0.3)
     server = start_server()
     engines.use(Settings(server.url, secret_key=b"a secret for tests"))

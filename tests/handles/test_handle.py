@@ -116,7 +116,7 @@ def test_options_change_what_they_name_only(handle: Any) -> None:
 
 @pytest.mark.parametrize("handle", HANDLES)
 def test_unknown_option_is_refused_with_those_that_are_known(handle: Any) -> None:
-    with pytest.raises(TypeError, match="unknown option 'retries'; known are method_name, block_until, delay_s"):
+    with pytest.raises(TypeError, match="unknown option 'retries'; known are method_name, block_until, stream"):
         handle.options(retries=3)
     with pytest.raises(TypeError):
         handle.options("predict")

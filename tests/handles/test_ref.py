@@ -317,7 +317,7 @@ async def test_ref_by_id_hears_of_the_end_of_a_running_request(serving: Serving)
     ref = await serving(Model, gate).remote(1)
     again = ObjectRef.from_id(ref.id)
     waiting = asyncio.create_task(anyio.to_thread.run_sync(again.result, 5))  # of another engine, that of the threads
-    await wait_until(lambda: again._engine is not None and not again._engine._unregistered)
+    await wait_until(lambda: again._engine is not None and not again._engine.unregistered)
 
     gate.open()
 

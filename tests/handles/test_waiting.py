@@ -203,9 +203,9 @@ def test_wait_refuses_duplicates() -> None:
 def test_value_that_cannot_be_put_is_named(connected: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SerializationError, match=re.escape("the value put['x'] cannot be pickled")):
         millstream.put({"x": (number for number in range(1))})
-    monkeypatch.setattr(pickling, "PAYLOAD_LIMIT_BYTES", 1000)
-    with pytest.raises(PayloadTooLargeError, match="the limit is 1,000"):
-        millstream.put(b"x" * 1001)
+    monkeypatch.setattr(pickling, "limit_bytes", lambda: 100_000)
+    with pytest.raises(PayloadTooLargeError, match="the limit is 100,000"):
+        millstream.put(b"x" * 100_001)
 
 
 def test_refs_of_values_that_were_put_are_all_different(connected: Settings) -> None:

@@ -21,7 +21,7 @@ from tests.replica_helpers import Gate, Stage
 def test_entry_as_submit_writes_it() -> None:
     fields = [b"ref", b"r", b"method", b"m", b"reply", b"c", b"body", b"b"]
 
-    assert read_entry("normal", b"1-0", fields) == Attempt("normal", b"1-0", b"r", b"m", b"c", b"b", b"", {})
+    assert read_entry("normal", b"1-0", fields) == Attempt("normal", b"1-0", b"r", b"m", b"c", b"b", {})
 
 
 def test_entry_with_a_wish_values_and_a_history_in_any_order() -> None:
@@ -32,7 +32,9 @@ def test_entry_with_a_wish_values_and_a_history_in_any_order() -> None:
 
     attempt = read_entry("returned", b"1-0", fields)
 
-    assert attempt == Attempt("returned", b"1-0", b"r", b"m", b"c", b"b", b"matched", {"app.Up~x": b"value"})
+    assert attempt[:6] == ("returned", b"1-0", b"r", b"m", b"c", b"b")
+    assert (attempt.more[b"want"], attempt.supplied) == (b"matched", {"app.Up~x": b"value"})
+    assert (attempt.deadline_ms, attempt.max_ahead) == (None, None)
 
 
 @pytest.mark.parametrize("fields", [[b"ref", b"r"], [b"what", b"ever"], []])

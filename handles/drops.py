@@ -1,0 +1,75 @@
+"""Frees the results that nobody can ask for any more: of requests whose ref was never shared and is gone, or was never made.
+
+Results are deleted in batches, a moment later. What a lost connection makes doubtful is left to its TTL: a submit that is
+sent twice must find the result of the first.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from millstream.broker import outcomes
+from millstream.handles.cell import Cell
+from millstream.handles.lines import Lines
+from millstream.handles.route import Route
+
+AT_ONCE = 500  # keys in one command: more would stall the server
+
+
+class Drops:
+    """Collects refs, from any thread; `flush` belongs to the engine's loop."""
+
+    def __init__(self, lines: Lines, route: Callable[[str], Route]) -> None:
+        self._lines, self._route = lines, route
+        self._dropped: deque[tuple[str, list[bytes]]] = deque()  # tag, refs
+        self._large: deque[tuple[str, str, str]] = deque()  # tag, ref, part: values in keys of their own
+        self._abandoned: deque[Cell] = deque()
+        self.sure_since = time.monotonic()  # requests made before may have been sent over another connection, too
+
+    def add(self, tag: str, ref: bytes, stored: bytes, since: float) -> None:
+        """The result of one request, made at `since`, has been read, or will never be. Any thread."""
+        if since < self.sure_since:
+            return
+        self._dropped.append((tag, [ref]))
+        if (part := outcomes.large_part(stored)) is not None:
+            self._large.append((tag, ref.decode(), part))
+
+    def add_all(self, tag: str, refs: list[bytes]) -> None:
+        """As `add`, for small results of requests made after `sure_since`."""
+        self._dropped.append((tag, refs))
+
+    def abandon(self, cell: Cell) -> None:
+        """The last ref to a request of this process is gone: free its result, once it has one. Any thread."""
+        self._abandoned.append(cell)
+
+    def connection_was_lost(self) -> None:
+        self.sure_since = time.monotonic()
+        self._dropped.clear()
+        self._large.clear()
+
+    def flush(self) -> None:
+        """Delete what was collected."""
+        for _ in range(len(self._abandoned)):
+            self._abandoned.popleft().on_end(self._free)
+        commands = self._lines.commands
+        if commands is None or not commands.is_up or not (self._dropped or self._large):
+            return
+        by_tag: dict[str, list[str]] = {}
+        for _ in range(len(self._dropped)):
+            tag, refs = self._dropped.popleft()
+            prefix = self._route(tag).keys.result_prefix
+            by_tag.setdefault(tag, []).extend([prefix + ref.decode() for ref in refs])
+        for _ in range(len(self._large)):
+            tag, ref, part = self._large.popleft()
+            by_tag.setdefault(tag, []).append(self._route(tag).keys.value(ref, part))
+        for keys in by_tag.values():
+            for i in range(0, len(keys), AT_ONCE):
+                commands.send(_ignore, "UNLINK", *keys[i : i + AT_ONCE])
+
+    def _free(self, cell: Cell) -> None:
+        if cell.stored is not None:
+            self.add(cell.codec.tag, cell.ref, cell.stored, cell.since)
+
+
+def _ignore(reply: object) -> None:
+    """What could not be deleted has a TTL."""
