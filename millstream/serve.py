@@ -17,6 +17,7 @@ from millstream.deployment import Application, Deployment, Node, compile_graph, 
 from millstream.errors import ConfigError, DeployFailedError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
+from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
@@ -27,6 +28,7 @@ __all__ = [
     "Deployment",
     "DeploymentHandle",
     "DeploymentStatus",
+    "ReplicaContext",
     "ReplicaStatus",
     "ServeStatus",
     "SyncHandle",
@@ -34,6 +36,7 @@ __all__ = [
     "deployment",
     "get_app_handle",
     "get_deployment_handle",
+    "get_replica_context",
     "run",
     "shutdown",
     "start",

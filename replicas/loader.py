@@ -11,6 +11,7 @@ from typing import Any
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError, MillstreamError
+from millstream.replicas.context import constructed
 
 # Opcodes at which a coroutine may give up control, over the Python versions we support.
 _SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "SEND", "YIELD_VALUE"}
@@ -85,12 +86,14 @@ async def build(definition: Definition, name: str, user_config: Any = None) -> S
     """Construct the user's object, and hand it its user_config. Raises whatever the user's code does."""
     target = definition.target
     if not inspect.isclass(target):
+        constructed(target)
         return Served(target, name)
     if inspect.iscoroutinefunction(target.__init__):  # Ray Serve's way to await while loading
         instance = target.__new__(target)
         await target.__init__(instance, *definition.args, **definition.kwargs)
     else:
         instance = target(*definition.args, **definition.kwargs)
+    constructed(instance)
     if user_config is not None:
         if not hasattr(instance, "reconfigure"):
             raise ConfigError(f"user_config is set, but {target.__name__} has no method reconfigure(user_config)")
