@@ -54,11 +54,15 @@ class ByPath:
 
 
 def has_async_methods(target: Any) -> bool:
-    """Does a class have a public async method, or is a function async?"""
+    """Does a class have a public async method (an async generator is one, too), or is a function async?"""
     if not inspect.isclass(target):
-        return inspect.iscoroutinefunction(target)
+        return _is_async(target)
     names = [name for name in dir(target) if not name.startswith("_") or name == "__call__"]
-    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
+    return any(_is_async(getattr(target, name, None)) for name in names)
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def max_ongoing(target: Any, config: DeploymentConfig) -> int:

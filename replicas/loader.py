@@ -4,7 +4,7 @@ import dis
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
@@ -42,7 +42,7 @@ class Served:
 
     def _bind(self, name: str) -> Method:
         function: Any
-        if inspect.isroutine(self.instance) and name == "__call__":
+        if _is_function(self.instance) and name == "__call__":
             function = self.instance
         else:
             function = getattr(self.instance, name, None)
@@ -51,12 +51,12 @@ class Served:
                     f"{self._name} has no method {name!r}; available methods: {', '.join(self.public_methods()) or 'none'}",
                     method=name,
                 )
-        body = function if inspect.isroutine(function) else type(function).__call__
-        is_async = inspect.iscoroutinefunction(body) or inspect.iscoroutinefunction(function)  # a functools.partial
+        body = function if _is_function(function) else type(function).__call__
+        is_async = inspect.iscoroutinefunction(body) or inspect.iscoroutinefunction(function)  # marked as one
         return Method(function, is_async, _is_prompt(body))
 
     def public_methods(self) -> list[str]:
-        if inspect.isroutine(self.instance):
+        if _is_function(self.instance):
             return ["__call__"]
         names = [n for n in dir(self.instance) if n == "__call__" or not n.startswith("__")]
         return [n for n in names if not self._is_property(n) and callable(getattr(self.instance, n, None))]
@@ -67,7 +67,12 @@ class Served:
 
     def max_ongoing(self, config: DeploymentConfig) -> int:
         """How many requests may run here at once."""
-        return max_ongoing(self.instance if inspect.isroutine(self.instance) else type(self.instance), config)
+        return max_ongoing(self.instance if _is_function(self.instance) else type(self.instance), config)
+
+
+def _is_function(found: Any) -> bool:
+    """A function or method. What `serve.batch` makes of one is a partial, which is no routine to Python 3.13."""
+    return inspect.isroutine(found) or isinstance(found, partial)
 
 
 def _is_prompt(function: Any) -> bool:
