@@ -19,7 +19,7 @@ from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
-from millstream.replicas.multiplexing import get_multiplexed_model_id
+from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
 from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
@@ -41,6 +41,7 @@ __all__ = [
     "get_deployment_handle",
     "get_multiplexed_model_id",
     "get_replica_context",
+    "multiplexed",
     "run",
     "shutdown",
     "start",

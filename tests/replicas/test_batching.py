@@ -341,6 +341,10 @@ class Model:
     async def stream(self, xs):
         yield xs
 
+    @serve.multiplexed(max_num_models_per_replica=1)
+    async def load(self, model_id):
+        return model_id
+
 @serve.batch(max_batch_size=1)
 async def function(xs):
     return xs
@@ -348,6 +352,7 @@ async def function(xs):
 async def use():
     model = Model()
     await asyncio.gather(*map(model.run, range(3)))
+    await model.load("a")
     await function(1)
     return model
 
@@ -364,7 +369,7 @@ Model, function, model = pickle.load(sys.stdin.buffer)
 async def use(model):
     streams = [model.stream(x) for x in range(2)]
     return (
-        await asyncio.gather(*map(model.run, range(3))), await function(5),
+        await asyncio.gather(*map(model.run, range(3))), await model.load("b"), await function(5),
         [[x async for x in stream] for stream in streams],
     )
 
@@ -373,5 +378,5 @@ print(asyncio.run(use(Model())), asyncio.run(use(model)))
 
     read = subprocess.run([sys.executable, "-c", reader], input=body, cwd=tmp_path, capture_output=True, check=True)
 
-    expected = "([3, 3, 3], 5, [[0], [1]])"
+    expected = "([3, 3, 3], 'b', 5, [[0], [1]])"
     assert read.stdout.decode() == f"{expected} {expected}\n"

@@ -13,6 +13,7 @@ from millstream.handles.context import Request, current
 from millstream.replicas.context import constructed
 from tests.helpers import wait_until
 from tests.replica_helpers import NODE, Hosted, Stage
+from tests.replicas.batched import together
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +51,14 @@ class Model:
     async def to_thread(self) -> Any:
         return await asyncio.to_thread(self.describe)
 
+    @serve.batch(batch_wait_timeout_s=0)
+    async def batched(self, xs: list[int]) -> list[Any]:
+        return [self.describe() for _ in xs]
+
+    @serve.multiplexed
+    async def loaded(self, model_id: str) -> Any:
+        return self.describe()
+
     async def early(self) -> tuple[Any, ...]:
         before = self.at_construction
         return before.servable_object, before.deployment, self.at_configuration is self, await self.background
@@ -61,7 +70,7 @@ def expected(stage: Stage, replica: Hosted, ongoing: int = 100) -> tuple[Any, ..
 
 @pytest.mark.parametrize(
     ("method", "args"),
-    [("__call__", ()), ("suspending", ()), ("in_thread", ()), ("to_thread", ())],
+    [("__call__", ()), ("suspending", ()), ("in_thread", ()), ("to_thread", ()), ("batched", (1,)), ("loaded", ("a",))],
 )
 async def test_all_code_of_a_replica_knows_where_it_is(stage: Stage, method: str, args: Any) -> None:
     replica = await stage.start(Model)
@@ -80,7 +89,7 @@ async def test_replicas_in_one_process_are_told_apart(stage: Stage) -> None:
 
     seen = set[Any]()
     while len(seen) < 2:
-        seen |= set(await asyncio.gather(*(stage.handle.suspending.call() for _ in range(4))))
+        seen |= set(await together(*(stage.handle.suspending.call() for _ in range(4))))
 
     assert seen == {expected(stage, replica, 1) for replica in replicas}
 
