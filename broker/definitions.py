@@ -54,7 +54,7 @@ class ByPath:
 
 
 def has_async_methods(target: Any) -> bool:
-    """Does a class have a public async method, or is a function async?"""
+    """Does a class have a public async method (an async generator is one, too), or is a function async?"""
     if not inspect.isclass(target):
         return _is_async(target)
     names = [name for name in dir(target) if not name.startswith("_") or name == "__call__"]

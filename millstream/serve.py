@@ -17,6 +17,9 @@ from millstream.deployment import Application, Deployment, Node, compile_graph, 
 from millstream.errors import ConfigError, DeployFailedError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
+from millstream.replicas.batching import batch
+from millstream.replicas.context import ReplicaContext, get_replica_context
+from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
 from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
@@ -27,13 +30,18 @@ __all__ = [
     "Deployment",
     "DeploymentHandle",
     "DeploymentStatus",
+    "ReplicaContext",
     "ReplicaStatus",
     "ServeStatus",
     "SyncHandle",
+    "batch",
     "delete",
     "deployment",
     "get_app_handle",
     "get_deployment_handle",
+    "get_multiplexed_model_id",
+    "get_replica_context",
+    "multiplexed",
     "run",
     "shutdown",
     "start",

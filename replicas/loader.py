@@ -4,13 +4,14 @@ import dis
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError, MillstreamError
+from millstream.replicas.context import constructed
 
 # Opcodes at which a coroutine may give up control, over the Python versions we support.
 _SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "SEND", "YIELD_VALUE"}
@@ -43,7 +44,7 @@ class Served:
 
     def _bind(self, name: str) -> Method:
         function: Any
-        if inspect.isroutine(self.instance) and name == "__call__":
+        if _is_function(self.instance) and name == "__call__":
             function = self.instance
         else:
             function = getattr(self.instance, name, None)
@@ -52,13 +53,13 @@ class Served:
                     f"{self._name} has no method {name!r}; available methods: {', '.join(self.public_methods()) or 'none'}",
                     method=name,
                 )
-        body = function if inspect.isroutine(function) else type(function).__call__
-        is_async = inspect.iscoroutinefunction(body) or inspect.iscoroutinefunction(function)  # a functools.partial
+        body = function if _is_function(function) else type(function).__call__
+        is_async = inspect.iscoroutinefunction(body) or inspect.iscoroutinefunction(function)  # marked as one
         is_generator = inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body)
         return Method(function, is_async, _is_prompt(body), is_generator)
 
     def public_methods(self) -> list[str]:
-        if inspect.isroutine(self.instance):
+        if _is_function(self.instance):
             return ["__call__"]
         names = [n for n in dir(self.instance) if n == "__call__" or not n.startswith("__")]
         return [n for n in names if not self._is_property(n) and callable(getattr(self.instance, n, None))]
@@ -69,7 +70,12 @@ class Served:
 
     def max_ongoing(self, config: DeploymentConfig) -> int:
         """How many requests may run here at once."""
-        return max_ongoing(self.instance if inspect.isroutine(self.instance) else type(self.instance), config)
+        return max_ongoing(self.instance if _is_function(self.instance) else type(self.instance), config)
+
+
+def _is_function(found: Any) -> bool:
+    """A function or method. What `serve.batch` makes of one is a partial, which is no routine to Python 3.13."""
+    return inspect.isroutine(found) or isinstance(found, partial)
 
 
 def _is_prompt(function: Any) -> bool:
@@ -88,12 +94,14 @@ async def build(definition: Definition, name: str, user_config: Any = None) -> S
     """Construct the user's object, and hand it its user_config. Raises whatever the user's code does."""
     target = definition.target
     if not inspect.isclass(target):
+        constructed(target)
         return Served(target, name)
     if inspect.iscoroutinefunction(target.__init__):  # Ray Serve's way to await while loading
         instance = target.__new__(target)
         await target.__init__(instance, *definition.args, **definition.kwargs)
     else:
         instance = target(*definition.args, **definition.kwargs)
+    constructed(instance)
     if user_config is not None:
         if not hasattr(instance, "reconfigure"):
             raise ConfigError(f"user_config is set, but {target.__name__} has no method reconfigure(user_config)")

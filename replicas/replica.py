@@ -20,7 +20,7 @@ from typing import Any
 from millstream.broker import scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Outage, backoff
-from millstream.broker.definitions import Definition
+from millstream.broker.definitions import Definition, max_ongoing
 from millstream.broker.keys import Keys
 from millstream.broker.link import Link, dial
 from millstream.broker.registry import ReplicaRecord
@@ -29,6 +29,7 @@ from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError
+from millstream.replicas.context import ReplicaContext, inside
 from millstream.replicas.control import Control
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
@@ -73,6 +74,16 @@ class Replica:
         self._intake: Intake | None = None
 
     async def run(self) -> int:
+        with inside(self._describe()):
+            return await self._live()
+
+    def _describe(self) -> ReplicaContext:
+        birth = self._birth
+        app, _, deployment = birth.tag.partition(".")
+        ongoing = max_ongoing(self._definition.target, birth.config)
+        return ReplicaContext(app, deployment, birth.replica, birth.node, birth.version, ongoing)
+
+    async def _live(self) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         listening = asyncio.create_task(self._listen())
