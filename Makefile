@@ -9,7 +9,7 @@ UP_TO_DATE := $(VENV)/up-to-date
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench clean
+.PHONY: help setup demo test test-fast check format bench soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: setup ## what `make check` would like to see
 bench: setup ## requests per second and latency on this machine
 	$(BIN)/python -m benchmarks.bare_path --rounds 3
 	$(BIN)/python -m benchmarks.end_to_end
+
+soak: setup ## a million requests of all kinds: memory and keys must stay flat; about 5 minutes
+	$(BIN)/python -m benchmarks.soak --plot docs/figures/soak.svg
 
 clean: ## remove .venv and caches (never .millstream: that is data)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
