@@ -30,6 +30,12 @@ class Finished(StrEnum):
     STALE = "stale"  # the attempt was taken over: its value is not stored
 
 
+class Withdrawn(StrEnum):
+    WITHDRAWN = "withdrawn"
+    SUPERSEDED = "superseded"  # another config is in force by now
+    SPENT = "spent"  # the one to go back to was withdrawn, too
+
+
 class Supplied(StrEnum):
     QUEUED = "queued"
     DELAYED = "delayed"
@@ -264,6 +270,41 @@ def backlog(keys: DeploymentKeys) -> Call[Backlog]:
         return Backlog(waiting, in_flight, parked, delayed, age_s, arrivals, due, tuple(i.decode() for i in last_ids))
 
     return Call(script("backlog"), (*keys.lanes, keys.parked, keys.due), (), read)
+
+
+def deploy(
+    keys: DeploymentKeys, revision: str, code: str, config: str, max_attempts: int, ttl_s: int, *, configured: bool
+) -> Call[str]:
+    """Answers the version: the former one where the replicas can stay, else `revision`."""
+    arguments = (revision, code, "configured" if configured else "", config, max_attempts, ttl_s)
+    return Call(script("deploy"), (keys.config, keys.status), arguments, bytes.decode)
+
+
+def withdraw(
+    keys: DeploymentKeys, revision: str, back_to: str, config: str, max_attempts: int, ttl_s: int,
+    message: str, traceback: str,
+) -> Call[Withdrawn]:  # fmt: skip
+    return Call(
+        script("withdraw"),
+        (keys.config, keys.status),
+        (revision, back_to, config, max_attempts, ttl_s, message, traceback),
+        lambda reply: Withdrawn(reply.decode()),
+    )
+
+
+def note(keys: DeploymentKeys, revision: str, fields: dict[str, str]) -> Call[int]:
+    """Writes to the deployment's status; answers 0 if it is gone, or of another revision ("": any will do)."""
+    flat = [part for item in fields.items() for part in item]
+    return Call(script("note"), (keys.config, keys.status), (revision, *flat), int)
+
+
+def close(keys: DeploymentKeys, revision: str) -> Call[int]:
+    return Call(script("close"), (keys.config, keys.definition), (revision,), int)
+
+
+def replace(keys: Keys, app: str, read: str, record: str) -> Call[int]:
+    """Answers 0 if the application's record is not (any more) the one that was read."""
+    return Call(script("replace"), (keys.apps,), (app, read, record), int)
 
 
 def decide(keys: DeploymentKeys, fence: int, target: int, reason: str, record: dict[str, Any]) -> Call[str]:

@@ -8,10 +8,11 @@ import time
 from typing import Any, Literal, overload
 
 from millstream.broker.codec import codec_for
-from millstream.broker.definitions import Definition, seal
+from millstream.broker.definitions import Definition, code_of, seal
 from millstream.broker.keys import check_name, deployment_tag
-from millstream.broker.outcomes import no_such_deployment
-from millstream.broker.registry import NewDeployment, Registry
+from millstream.broker.outcomes import deploy_failed, no_such_deployment
+from millstream.broker.records import DeploymentView, NewDeployment
+from millstream.broker.registry import Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
 from millstream.errors import ConfigError, DeployFailedError
@@ -19,7 +20,7 @@ from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
-from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
+from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, summarise
 
 __all__ = [
     "Application",
@@ -53,11 +54,17 @@ def run(
 ) -> SyncHandle:
     """Deploy an application and wait until it serves; the handle of its ingress.
 
-    Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. An application of the
-    same name is replaced: its queued requests stay, its replicas are exchanged. `blocking` waits for Ctrl-C after that.
+    Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. `blocking` waits for
+    Ctrl-C after that.
 
-    Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the
-    constructor's traceback), BrokerUnavailableError, TimeoutError after `timeout_s`.
+    An application of the same name is replaced while it serves; no request is lost. Deployments with other code, other
+    constructor arguments, or another sync_threads, start_method, resources or version get new replicas, which start
+    before the old ones leave. The replicas of the others stay, with the state of their objects, and take the new options
+    over; a new user_config goes to `reconfigure`, when what runs in that replica has ended, to a fifth of the replicas
+    at a time. Where `reconfigure` raises, the deployment goes back to the options it had.
+
+    Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the traceback
+    of the constructor or of `reconfigure`), BrokerUnavailableError, TimeoutError after `timeout_s`.
     """
     nodes = compile_graph(target, _checked(name))
     ensure_running()
@@ -88,35 +95,43 @@ def _checked(name: str) -> str:
 def _new_deployment(settings: Settings, app: str, node: Node) -> NewDeployment:
     codec = codec_for(settings.secret_key, settings.namespace, deployment_tag(app, node.name))
     definition = Definition(node.deployment.func_or_class, node.args, node.kwargs)
-    return NewDeployment(node.name, node.config, seal(codec, definition))
+    envelope = seal(codec, definition)
+    return NewDeployment(node.name, node.config, envelope, code_of(codec, envelope, node.config))
 
 
 async def deploy(registry: Registry, app: str, new: list[NewDeployment], timeout_s: float | None = None) -> None:
-    """Store an application and wait until it serves. Raises DeployFailedError, TimeoutError."""
+    """Store an application and wait until it serves as stored. Raises DeployFailedError, TimeoutError."""
     record = await registry.deploy(app, new[0].name, new)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         views = [await registry.view(app, one.name) for one in new]
         present = [view for view in views if view is not None]
-        for view in present:
-            if view.failure:
-                raise DeployFailedError(
-                    f"deployment {view.tag} cannot start: {view.failure}; mend it and deploy again\n{view.traceback}".rstrip(),
-                    deployment=view.tag,
-                    remote_traceback=view.traceback,
-                )
-        if len(present) < len(new) or any(view.version != record.version for view in present):
+        _raise_what_failed(present, record.version)
+        if len(present) < len(new) or any(view.revision != record.version for view in present):
             raise DeployFailedError(
                 f"application {app!r} was deleted or replaced while it was coming up; deploy it again", deployment=app
             )
-        if all(is_up(view) for view in present):
+        if all(view.is_up for view in present):
             return
         if trouble():
             raise DeployFailedError(f"application {app!r} cannot come up: {trouble()}", deployment=app)
         if deadline is not None and time.monotonic() > deadline:
-            late = ", ".join(view.name for view in present if not is_up(view))
+            late = ", ".join(view.name for view in present if not view.is_up)
             raise TimeoutError(f"application {app!r} did not come up within {timeout_s} s: waiting for {late}")
         await asyncio.sleep(POLL_S)
+
+
+def _raise_what_failed(views: list[DeploymentView], revision: str) -> None:
+    for view in views:
+        if view.refused == revision:
+            raise DeployFailedError(
+                f"deployment {view.tag} goes on as it was before, because the new config was refused: {view.refusal}; "
+                f"mend it and deploy again\n{view.refusal_traceback}".rstrip(),
+                deployment=view.tag,
+                remote_traceback=view.refusal_traceback,
+            )
+        if view.failure:
+            raise deploy_failed(view.tag, view.failure, view.traceback)
 
 
 def _wait_for_interrupt() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.config import DeploymentConfig
-from millstream.errors import ConfigError, MillstreamError
+from millstream.errors import MillstreamError
+from millstream.replicas.hooks import Hooks
 
 # Opcodes at which a coroutine may give up control, over the Python versions we support.
 _SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "SEND", "YIELD_VALUE"}
@@ -30,6 +31,7 @@ class Served:
 
     def __init__(self, instance: Any, name: str) -> None:
         self.instance, self._name = instance, name
+        self.hooks = Hooks(instance)
         self._methods: dict[bytes, Method] = {}
 
     def method(self, name: bytes) -> Method:
@@ -81,8 +83,8 @@ def _is_prompt(function: Any) -> bool:
     return not any(i.opname in _SUSPENDING for i in dis.get_instructions(function))
 
 
-async def build(definition: Definition, name: str, user_config: Any = None) -> Served:
-    """Construct the user's object, and hand it its user_config. Raises whatever the user's code does."""
+async def build(definition: Definition, name: str) -> Served:
+    """Construct the user's object. Raises whatever the user's code does."""
     target = definition.target
     if not inspect.isclass(target):
         return Served(target, name)
@@ -91,10 +93,4 @@ async def build(definition: Definition, name: str, user_config: Any = None) -> S
         await target.__init__(instance, *definition.args, **definition.kwargs)
     else:
         instance = target(*definition.args, **definition.kwargs)
-    if user_config is not None:
-        if not hasattr(instance, "reconfigure"):
-            raise ConfigError(f"user_config is set, but {target.__name__} has no method reconfigure(user_config)")
-        configured = instance.reconfigure(user_config)
-        if inspect.isawaitable(configured):
-            await configured
     return Served(instance, name)

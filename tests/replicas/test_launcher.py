@@ -9,7 +9,8 @@ from millstream.replicas.launcher import Launcher
 @pytest.mark.anyio
 async def test_fewer_replicas_wanted_while_some_are_being_started_is_no_error(settings: Settings) -> None:
     launcher = Launcher(settings, "node")
-    launcher._starting["app.Model", "v"] = 3  # forks under way: they have no names yet, and cannot be drained
+    for _ in range(3):
+        launcher._starts.begin("app.Model", "v")  # forks under way: they have no names yet, and cannot be drained
 
     await launcher.step()
 
