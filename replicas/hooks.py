@@ -1,4 +1,4 @@
-"""What the user's class may have besides its methods: `reconfigure`, and how it is called.
+"""What the user's class may have besides its methods: `reconfigure` and `check_health`, and how each is called.
 
 An async one runs on the loop. A sync one runs in a thread of its own, neither on the loop nor in the threads of the
 methods: however busy these are, it gets its turn.
@@ -22,6 +22,10 @@ class Hooks:
         self._instance = instance
         self._has_methods = not inspect.isroutine(instance)
 
+    @property
+    def has_check_health(self) -> bool:
+        return self._find("check_health") is not None
+
     async def reconfigure(self, user_config: Any) -> None:
         """Raises ConfigError if there is no such method."""
         hook = self._find("reconfigure")
@@ -29,6 +33,11 @@ class Hooks:
             name = type(self._instance).__name__ if self._has_methods else self._instance.__name__
             raise ConfigError(f"user_config is set, but {name} has no method reconfigure(user_config)")
         await call(hook, user_config)
+
+    async def check_health(self) -> None:
+        hook = self._find("check_health")
+        if hook is not None:
+            await call(hook)
 
     def _find(self, name: str) -> Callable[..., Any] | None:
         hook = getattr(self._instance, name, None) if self._has_methods else None

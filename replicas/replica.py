@@ -31,6 +31,7 @@ from millstream.errors import BrokerUnavailableError, MillstreamError
 from millstream.replicas.control import Control
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
+from millstream.replicas.health import Health, check
 from millstream.replicas.intake import Intake
 from millstream.replicas.loader import Served, build
 from millstream.replicas.updating import Updater
@@ -92,6 +93,11 @@ class Replica:
             message = f"{step} raised {type(e).__name__}: {e}"
             await self._control.send({"failed": message, "traceback": user_traceback(e)})
             return None
+        complaint = await check(served.hooks, config.health_check_timeout_s)
+        if complaint is not None:
+            message = f"its first check_health failed: {complaint.text}"
+            await self._control.send({"failed": message, "traceback": complaint.traceback})
+            return None
         return served
 
     async def _serve(self, served: Served) -> int:
@@ -106,15 +112,18 @@ class Replica:
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
         housekeeping = asyncio.create_task(self._keep_house(intake, executor))
         updating = asyncio.create_task(updater.run(intake, executor, self._wake_read))
+        health = Health(served.hooks, lambda: updater.config, lambda: intake.is_paused)
+        checking = asyncio.create_task(health.run(self._control.send))
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
+            checking.cancel()
             await self._drain(intake, executor, finisher, serving, supplier, updater)
             return 0
         finally:
-            for task in (serving, housekeeping, updating, stopping, *self._chores):
+            for task in (serving, housekeeping, updating, checking, stopping, *self._chores):
                 task.cancel()
             executor.close()
             # What still runs is cancelled by the end of the loop. That must not reach the server as the request's failure.
