@@ -1,4 +1,4 @@
-"""What the user's class may have besides its methods: `reconfigure` and `check_health`, and how each is called.
+"""What the user's class may have besides its methods: `reconfigure`, `check_health` and `__del__`, and how each is called.
 
 An async one runs on the loop. A sync one runs in a thread of its own, neither on the loop nor in the threads of the
 methods: however busy these are, it gets its turn.
@@ -7,12 +7,16 @@ methods: however busy these are, it gets its turn.
 import asyncio
 import contextvars
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from millstream.broker.remote_errors import user_traceback
 from millstream.errors import ConfigError
+
+log = logging.getLogger("millstream.replica")
 
 
 class Hooks:
@@ -38,6 +42,19 @@ class Hooks:
         hook = self._find("check_health")
         if hook is not None:
             await call(hook)
+
+    async def say_goodbye(self, who: str) -> None:
+        """Call `__del__`, as Ray Serve does; what it raises is for the log only. `os._exit` follows: there is no second call."""
+        hook = self._find("__del__")
+        if hook is None:
+            return
+        try:
+            await call(hook)
+        except asyncio.CancelledError:
+            log.warning("the __del__ of %s was still running at the deadline", who)
+            raise
+        except BaseException as e:
+            log.error("the __del__ of %s raised %s: %s\n%s", who, type(e).__name__, e, user_traceback(e))
 
     def _find(self, name: str) -> Callable[..., Any] | None:
         hook = getattr(self._instance, name, None) if self._has_methods else None

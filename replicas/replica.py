@@ -120,7 +120,7 @@ class Replica:
             if serving.done():
                 serving.result()
             checking.cancel()
-            await self._drain(intake, executor, finisher, serving, supplier, updater)
+            await self._drain(intake, executor, finisher, serving, supplier, updater, served)
             return 0
         finally:
             for task in (serving, housekeeping, updating, checking, stopping, *self._chores):
@@ -238,7 +238,7 @@ class Replica:
 
     async def _drain(
         self, intake: Intake, executor: Executor, finisher: Finisher, serving: asyncio.Task[None], supplier: Supplier,
-        updater: Updater,
+        updater: Updater, served: Served,
     ) -> None:  # fmt: skip
         """Stop claiming, hand back what was not started, let the rest finish until the deadline, say goodbye."""
         try:
@@ -251,6 +251,7 @@ class Replica:
                 with contextlib.suppress(BrokerUnavailableError):
                     await self._hand_back(executor)
                 await self._finish_up(executor, finisher, updater)
+                await served.hooks.say_goodbye(f"replica {self._birth.replica} of {self._birth.tag}")
                 await bury(
                     self._run,
                     self._ask_about_others,
