@@ -3,6 +3,7 @@
 import json
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -87,24 +88,14 @@ class Registry:
         done = await run(self.client, call)
         return done == 1
 
-    async def _store(self, tag: str, revision: str, deployment: NewDeployment) -> None:
-        """The definition with the config, at once: a replica must not start from one of each."""
-        keys, config = self.keys_of(tag), deployment.config
+    async def _store(self, tag: str, revision: str, new: NewDeployment) -> None:
+        keys, config = self.keys_of(tag), new.config
         await run(self.client, scripts.groups(keys))
         call = scripts.deploy(
-            keys, revision, deployment.code, config.to_json(), config.max_attempts, int(config.result_ttl_s),
+            keys, revision, new.code, config.to_json(), config.max_attempts, int(config.result_ttl_s), new.definition,
             configured=config.user_config is not None,
         )  # fmt: skip
-        try:
-            await self._set_and_run(keys.definition, deployment.definition, call.command())
-        except redis.exceptions.NoScriptError:
-            await self._set_and_run(keys.definition, deployment.definition, call.full_command())
-
-    async def _set_and_run(self, key: str, value: bytes, command: tuple[Any, ...]) -> None:
-        async with self.client.pipeline(transaction=True) as pipe:
-            pipe.set(key, value)
-            pipe.execute_command(*command)
-            await pipe.execute()
+        await run(self.client, call)
 
     async def retire(self) -> None:
         """One pass over the deployments that have left their applications: those that nobody needs go. Waits for nothing."""
@@ -176,8 +167,9 @@ class Registry:
         return found
 
     async def announce(self, what: str) -> None:
-        """Wake the autoscaler: something that it goes by has changed."""
-        await self.client.xadd(self.keys.changes, {"what": what}, maxlen=CHANGES_KEPT, approximate=True)
+        """Wake the autoscaler: something that it goes by has changed. A hint: it looks once a second anyway."""
+        with suppress(redis.exceptions.OutOfMemoryError):
+            await self.client.xadd(self.keys.changes, {"what": what}, maxlen=CHANGES_KEPT, approximate=True)
 
     # targets and failures
 
@@ -241,7 +233,7 @@ class Registry:
 
     async def assign(self, node: str, tag: str, planned: Planned) -> None:
         """Tell a node how many replicas of a deployment to run, of which version and by which config."""
-        await self.client.hset(self.keys.node_plan(node), tag, json.dumps(planned._asdict()))
+        await run(self.client, scripts.enlist(self.keys.node_plan(node), tag, json.dumps(planned._asdict())))
         await self.client.publish(self.keys.node_wake(node), "plan")
 
     async def unassign(self, node: str, tag: str) -> None:

@@ -273,11 +273,12 @@ def backlog(keys: DeploymentKeys) -> Call[Backlog]:
 
 
 def deploy(
-    keys: DeploymentKeys, revision: str, code: str, config: str, max_attempts: int, ttl_s: int, *, configured: bool
-) -> Call[str]:
+    keys: DeploymentKeys, revision: str, code: str, config: str, max_attempts: int, ttl_s: int, definition: bytes,
+    *, configured: bool,
+) -> Call[str]:  # fmt: skip
     """Answers the version: the former one where the replicas can stay, else `revision`."""
-    arguments = (revision, code, "configured" if configured else "", config, max_attempts, ttl_s)
-    return Call(script("deploy"), (keys.config, keys.status), arguments, bytes.decode)
+    arguments = (revision, code, "configured" if configured else "", config, max_attempts, ttl_s, definition)
+    return Call(script("deploy"), (keys.config, keys.status, keys.definition), arguments, bytes.decode)
 
 
 def withdraw(
@@ -305,6 +306,11 @@ def close(keys: DeploymentKeys, revision: str) -> Call[int]:
 def replace(keys: Keys, app: str, read: str, record: str) -> Call[int]:
     """Answers 0 if the application's record is not (any more) the one that was read."""
     return Call(script("replace"), (keys.apps,), (app, read, record), int)
+
+
+def enlist(key: str, name: str, record: str, *, only_if_new: bool = False) -> Call[int]:
+    """`key`: the list of nodes, of a deployment's replicas, or of what a node should run."""
+    return Call(script("enlist"), (key,), (name, record, "new" if only_if_new else ""), int)
 
 
 def decide(keys: DeploymentKeys, fence: int, target: int, reason: str, record: dict[str, Any]) -> Call[str]:

@@ -246,7 +246,7 @@ class Launcher:
         process = ReplicaProcess(replica, tag, current, pid, parent, Control(ours))
         self._replicas[replica] = process
         starting = ReplicaRecord(replica, self.node, pid, version, "STARTING", await self._registry.now_ms())
-        await self._client.hsetnx(keys.replicas, replica, json.dumps(asdict(starting)))
+        await self._run(scripts.enlist(keys.replicas, replica, json.dumps(asdict(starting)), only_if_new=True))
         prefix = prefix_of(tag, replica)
         self._start_task(relay(out_read, prefix, sys.stdout))
         self._start_task(relay(err_read, prefix, sys.stderr))
@@ -346,7 +346,7 @@ class Launcher:
         """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
         await self._run(scripts.renew([self._registry.keys.node_lease(self.node)], self._lease_s, self.node))
         if self._record:
-            await self._client.hset(self._registry.keys.nodes, self.node, self._record)
+            await self._run(scripts.enlist(self._registry.keys.nodes, self.node, self._record))
         by_tag: dict[str, list[str]] = {}
         for process in self._replicas.values():
             by_tag.setdefault(process.tag, []).append(process.replica)

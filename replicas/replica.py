@@ -27,7 +27,7 @@ from millstream.broker.remote_errors import user_traceback
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
-from millstream.errors import BrokerUnavailableError, MillstreamError
+from millstream.errors import BrokerUnavailableError
 from millstream.replicas.control import Control
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
@@ -139,7 +139,7 @@ class Replica:
                 try:
                     await self._register(self._record.state)
                     return
-                except MillstreamError:
+                except BrokerUnavailableError:
                     await asyncio.sleep(next(delays))
 
         started_with = Current(self._birth.version, self._birth.revision, self._birth.config)
@@ -198,7 +198,7 @@ class Replica:
         known = self._record.connections if connections is None else connections
         self._record = replace(self._record, state=state, connections=known)
         await self._renew_lease()
-        await self._ask("HSET", self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record)))
+        await self._run(scripts.enlist(self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record))))
 
     async def _renew_lease(self) -> None:
         await self._run(scripts.renew([self._keys.lease(self._birth.replica)], LEASE_S, self._birth.replica))

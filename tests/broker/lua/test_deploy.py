@@ -18,7 +18,8 @@ ALL = Keys("ms")
 async def deploy(
     redis: Control, keys: DeploymentKeys, revision: str, code: str = "code", *, configured: bool = False
 ) -> str:
-    return await run(redis, scripts.deploy(keys, revision, code, f"config {revision}", 3, 60, configured=configured))
+    call = scripts.deploy(keys, revision, code, f"config {revision}", 3, 60, b"defined", configured=configured)
+    return await run(redis, call)
 
 
 async def withdraw(redis: Control, keys: DeploymentKeys, revision: str, back_to: str) -> Withdrawn:
@@ -42,6 +43,7 @@ async def test_first_deploy_makes_a_version(redis: Control, keys: DeploymentKeys
         "version": "r1", "revision": "r1", "code": "code", "configured": "", "config": "config r1",
         "max_attempts": "3", "result_ttl_s": "60",
     }  # fmt: skip
+    assert await redis.get(keys.definition) == b"defined"
 
 
 async def test_version_stays_while_the_code_does(redis: Control, keys: DeploymentKeys) -> None:
@@ -171,7 +173,6 @@ async def test_note_is_written_to_what_is_deployed_only(redis: Control, keys: De
 
 async def test_closed_deployment_takes_nothing(redis: Control, keys: DeploymentKeys) -> None:
     await deploy(redis, keys, "r1")
-    await redis.set(keys.definition, b"x")
 
     assert [await run(redis, scripts.close(keys, "r1")) for _ in range(2)] == [1, 1]
     with pytest.raises(Exception, match="NODEPLOYMENT"):
