@@ -69,6 +69,14 @@ class Application:
     def __repr__(self) -> str:
         return f"Application({self.deployment.name!r})"
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("remote", "call", "options", "map"):
+            raise AttributeError(
+                f"{self!r} is a node of a graph and no handle: it becomes one where it is an argument of bind(), itself or "
+                "inside lists, tuples, sets, dicts and dataclasses; inside other objects it is not found"
+            )
+        raise AttributeError(f"Application has no attribute {name!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

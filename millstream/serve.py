@@ -4,18 +4,20 @@
 """
 
 import asyncio
+import math
 import time
 from typing import Any, Literal, overload
 
 from millstream.broker.codec import codec_for
+from millstream.broker.connection import DOWN
 from millstream.broker.definitions import Definition, code_of, seal
 from millstream.broker.keys import check_name, deployment_tag
 from millstream.broker.outcomes import deploy_failed, no_such_deployment
-from millstream.broker.records import DeploymentView, NewDeployment
+from millstream.broker.records import AppRecord, DeploymentView, NewDeployment
 from millstream.broker.registry import Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
-from millstream.errors import ConfigError, DeployFailedError
+from millstream.errors import BrokerUnavailableError, ConfigError, DeployFailedError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.runtime import ensure_running, trouble, with_registry
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 POLL_S = 0.01  # while a deployment comes up
+PATIENCE_S = 30.0  # with a server that does not answer meanwhile; as long as a request is kept that cannot be sent
 
 
 def start() -> None:
@@ -100,25 +103,46 @@ def _new_deployment(settings: Settings, app: str, node: Node) -> NewDeployment:
 
 
 async def deploy(registry: Registry, app: str, new: list[NewDeployment], timeout_s: float | None = None) -> None:
-    """Store an application and wait until it serves as stored. Raises DeployFailedError, TimeoutError."""
+    """Store an application and wait until it serves as stored; outages of the server are waited out, for PATIENCE_S.
+
+    Raises DeployFailedError, TimeoutError, BrokerUnavailableError.
+    """
     record = await registry.deploy(app, new[0].name, new)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    answered_at = time.monotonic()
+    deadline = math.inf if timeout_s is None else answered_at + timeout_s
+    late = record.deployments
     while True:
-        views = [await registry.view(app, one.name) for one in new]
-        present = [view for view in views if view is not None]
-        _raise_what_failed(present, record.version)
-        if len(present) < len(new) or any(view.revision != record.version for view in present):
-            raise DeployFailedError(
-                f"application {app!r} was deleted or replaced while it was coming up; deploy it again", deployment=app
-            )
-        if all(view.is_up for view in present):
+        try:
+            late = await _not_up(registry, record)
+            answered_at = time.monotonic()
+        except DOWN as e:
+            if time.monotonic() - answered_at > PATIENCE_S:
+                raise BrokerUnavailableError(
+                    f"application {app!r} is stored, and the server went away while it was coming up ({e}); "
+                    "`millstream status` shows how it does when the server is back"
+                ) from e
+        if not late:
             return
         if trouble():
             raise DeployFailedError(f"application {app!r} cannot come up: {trouble()}", deployment=app)
-        if deadline is not None and time.monotonic() > deadline:
-            late = ", ".join(view.name for view in present if not view.is_up)
-            raise TimeoutError(f"application {app!r} did not come up within {timeout_s} s: waiting for {late}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"application {app!r} did not come up within {timeout_s} s: waiting for {', '.join(late)}"
+            )
         await asyncio.sleep(POLL_S)
+
+
+async def _not_up(registry: Registry, record: AppRecord) -> list[str]:
+    """The deployments that do not serve yet as they were stored. Raises DeployFailedError if one will not."""
+    views = [await registry.view(record.name, name) for name in record.deployments]
+    present = [view for view in views if view is not None]
+    _raise_what_failed(present, record.version)
+    if len(present) < len(views) or any(view.revision != record.version for view in present):
+        raise DeployFailedError(
+            f"application {record.name!r} was deleted or replaced while it was coming up; deploy it again",
+            deployment=record.name,
+        )
+    return [view.name for view in present if not view.is_up]
 
 
 def _raise_what_failed(views: list[DeploymentView], revision: str) -> None:

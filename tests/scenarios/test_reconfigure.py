@@ -19,6 +19,7 @@ from millstream.runtime import with_registry
 from millstream.status import DeploymentStatus
 from tests.scenarios.processes import wait_for
 from tests.scenarios.tuned import Tuned, TunedInThreads
+from tests.servers import Server
 
 pytestmark = pytest.mark.processes
 
@@ -203,6 +204,29 @@ def test_replica_that_starts_while_the_config_changes_ends_with_the_new_one(tmp_
     handle = serve.get_deployment_handle("Tuned", sync=True)
     assert outcome == ["replaced"]
     assert {(config["n"], pid in started) for pid, config, _ in (handle.call() for _ in range(20))} == {(2, True)}
+
+
+def test_server_that_restarts_meanwhile_delays_the_update_only(tmp_path: Path) -> None:
+    server = Server("valkey", "--appendonly", "yes", "--appendfsync", "always").start()
+    try:
+        millstream.init(server.url, secret_key="a secret")
+        handle = run(user_config={"n": 1})
+        (pid,) = wait_for_replicas(1)
+        config = {"n": 2, "wait_for": str(tmp_path / "go")}
+        deploying = threading.Thread(target=run, kwargs={"user_config": config}, daemon=True)
+        deploying.start()
+        wait_for(lambda: deployed_config()["user_config"] == config)
+
+        server.kill()
+        (tmp_path / "go").touch()
+        server.start()
+        deploying.join(20)
+
+        assert not deploying.is_alive()
+        assert handle.call()[:2] == (pid, config)
+    finally:
+        millstream.shutdown()
+        server.stop()
 
 
 def test_request_that_does_not_end_in_time_makes_way_by_another_replica(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import millstream
 from millstream import serve
 from millstream.deployment import Application
+from millstream.errors import DeployFailedError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle
 from millstream.runtime import with_registry
@@ -59,7 +60,7 @@ def async_model(version: int) -> Application:
         async def __call__(self, x: int) -> tuple[int, int]:
             return version, x
 
-    return serve.deployment(num_replicas=2)(Model).bind()
+    return serve.deployment(num_replicas=2, max_attempts=1)(Model).bind()
 
 
 def sync_model(version: int) -> Application:
@@ -67,7 +68,7 @@ def sync_model(version: int) -> Application:
         def __call__(self, x: int) -> tuple[int, int]:
             return version, x
 
-    return serve.deployment(num_replicas=2, max_ongoing_requests=8)(Model).bind()
+    return serve.deployment(num_replicas=2, max_ongoing_requests=8, max_attempts=1)(Model).bind()
 
 
 @pytest.mark.parametrize("model", [async_model, sync_model])
@@ -136,10 +137,30 @@ def test_no_request_fails_while_scripts_deploy_what_they_define(tmp_path: Path) 
     assert {version for version, _ in load.answers} == {0, 1, 2, 3}
 
 
+def test_no_request_fails_when_a_redeploy_does() -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise OSError("no model")
+
+    serve.run(async_model(0))
+    wait_for_health("Model")
+    before = pids("Model")
+
+    with under_load("Model") as load:
+        wait_for_more(load)
+        with pytest.raises(DeployFailedError, match="no model"):
+            serve.run(serve.deployment(name="Model", num_replicas=2)(Broken).bind())
+        wait_for_more(load)
+        assert before == {pid for pid in pids("Model") if pid in before}
+        roll("Model", load, [lambda: serve.run(async_model(1))])
+
+    assert {version for version, _ in load.answers} == {0, 1}
+
+
 # the graph
 
 
-@serve.deployment(num_replicas=2)
+@serve.deployment(num_replicas=2, max_attempts=1)
 class Doubler:
     async def __call__(self, x: int) -> int:
         return 2 * x

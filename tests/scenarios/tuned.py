@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from millstream import serve
@@ -58,3 +59,29 @@ class TunedInThreads:
 
     def __call__(self) -> tuple[int, Any]:
         return os.getpid(), self._config
+
+
+@serve.deployment
+class Patient:
+    """As healthy as the files in its folder say; leaves one behind when it goes."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def check_health(self) -> None:
+        while (self._folder / "hang").exists():
+            time.sleep(0.005)
+        if (self._folder / "raise").exists() or (self._folder / f"ill-{os.getpid()}").exists():
+            raise OSError("no GPU")
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def hold(self, until: str) -> int:
+        while not os.path.exists(until):  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.005)
+        return os.getpid()
+
+    async def __del__(self) -> None:
+        await asyncio.sleep(0)
+        (self._folder / f"left-{os.getpid()}").touch()
