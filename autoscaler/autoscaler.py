@@ -16,7 +16,8 @@ from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
-from millstream.broker.registry import DeploymentView, Registry
+from millstream.broker.records import DeploymentView, Planned
+from millstream.broker.registry import Registry
 from millstream.broker.sweeper import Sweeper
 from millstream.config import Settings
 
@@ -70,7 +71,9 @@ class Autoscaler:
     async def step(self) -> list[DeploymentView]:
         """One pass: decide for every deployment if we lead. Returns what it saw."""
         fence = await self._run(scripts.lead(self._registry.keys, self.name, LEADER_S))
-        views = await self._registry.views()
+        if fence:
+            await self._registry.retire()
+        views = await self._registry.views(with_leaving=True)
         if fence:
             for view in views:
                 await self._decide(view, fence)
@@ -104,13 +107,14 @@ class Autoscaler:
         """Write each node's plan where it differs from what it should be."""
         nodes = sorted(await self._registry.nodes())
         plans = {node: await self._registry.plan(node) for node in nodes}
-        load = {node: sum(count for count, _ in plan.values()) for node, plan in plans.items()}
+        load = {node: sum(planned.replicas for planned in plan.values()) for node, plan in plans.items()}
         for view in views:
-            now = {node: plan[view.tag][0] for node, plan in plans.items() if view.tag in plan}
+            now = {node: plan[view.tag].replicas for node, plan in plans.items() if view.tag in plan}
             for node, count in place(view.target if view.has_target else 0, nodes, now, load).items():
                 load[node] += count - now.get(node, 0)
-                if plans[node].get(view.tag) != (count, view.version):
-                    await self._registry.assign(node, view.tag, count, view.version)
+                planned = Planned(count, view.version, view.revision)
+                if plans[node].get(view.tag) != planned:
+                    await self._registry.assign(node, view.tag, planned)
         deployed = {view.tag for view in views}
         for node, plan in plans.items():
             for tag in plan.keys() - deployed:

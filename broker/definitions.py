@@ -12,6 +12,7 @@ from typing import Any
 
 from millstream.broker import pickling
 from millstream.broker.codec import Codec
+from millstream.broker.fingerprint import fingerprint
 from millstream.config import DeploymentConfig
 from millstream.errors import DeployFailedError
 
@@ -91,6 +92,12 @@ def seal(codec: Codec, definition: Definition) -> bytes:
     body = pickling.dump(Definition(target, definition.args, definition.kwargs), what=what)
     path = [entry or os.getcwd() for entry in sys.path]
     return codec.seal("definition", REF, pickling.dump(_Surroundings(PYTHON, os.getcwd(), path, body), what=what))
+
+
+def code_of(codec: Codec, envelope: bytes, config: DeploymentConfig) -> str:
+    """The fingerprint of a sealed definition: equal ones can be served by the same replicas. Safe to ask twice."""
+    around: _Surroundings = codec.open("definition", REF, envelope)
+    return fingerprint(around.body, around.path, (around.python, around.cwd, around.path, config.of_the_process))
 
 
 def open_definition(codec: Codec, envelope: bytes) -> Definition:

@@ -1,112 +1,34 @@
-"""What is deployed, on which nodes, by which replicas: the control plane's records, and one snapshot of it all."""
+"""Reads and writes what the control plane goes by: applications, targets, failures, nodes; and one snapshot of it all."""
 
 import json
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import anyio
+import redis.exceptions
 
 from millstream.broker import scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Control, ping, run
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
-from millstream.broker.outcomes import ENDED_TTL_S
-from millstream.broker.supplying import Supplier
+from millstream.broker.records import (
+    AppRecord,
+    Current,
+    DeploymentView,
+    NewDeployment,
+    NodeRecord,
+    Planned,
+    ReplicaRecord,
+)
+from millstream.broker.removal import Removal
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
 VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
-REMOVE_WITHIN_S = 25.0  # longer than graceful_shutdown_timeout_s by default
-
-
-@dataclass(frozen=True, slots=True)
-class AppRecord:
-    """One application: the version that is deployed, its ingress, its deployments."""
-
-    name: str
-    version: str
-    ingress: str
-    deployments: list[str]
-    deployed_ms: int = 0
-
-    @property
-    def tags(self) -> list[str]:
-        return [deployment_tag(self.name, deployment) for deployment in self.deployments]
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaRecord:
-    """One replica as it describes itself."""
-
-    replica: str
-    node: str
-    pid: int
-    version: str
-    state: str  # STARTING | RUNNING | DRAINING
-    started_ms: int
-    connections: list[int] = field(default_factory=list)  # client ids on the server, to be killed before a release
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """One launcher."""
-
-    node: str
-    host: str
-    pid: int
-    started_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class NewDeployment:
-    """What `deploy` stores of one deployment."""
-
-    name: str
-    config: DeploymentConfig
-    definition: bytes
-
-
-@dataclass(slots=True)
-class DeploymentView:
-    """One deployment as it is in Redis now."""
-
-    app: str
-    name: str
-    version: str
-    config: DeploymentConfig
-    has_target: bool  # False until the autoscaler has seen it
-    target: int
-    reason: str
-    failure: str  # why it cannot start; empty when it can
-    traceback: str
-    override: dict[str, Any] | None  # an operator's num_replicas or min / max
-    replicas: list[ReplicaRecord]
-    backlog: scripts.Backlog
-
-    @property
-    def tag(self) -> str:
-        return deployment_tag(self.app, self.name)
-
-    @property
-    def running(self) -> list[ReplicaRecord]:
-        return [r for r in self.replicas if r.state == "RUNNING" and r.version == self.version]
-
-    @property
-    def status(self) -> str:
-        """Ray Serve's word for the state: UPDATING, HEALTHY, DEPLOY_FAILED, UPSCALING or DOWNSCALING."""
-        if self.failure:
-            return "DEPLOY_FAILED"
-        if not self.has_target:
-            return "UPDATING"
-        running, others = len(self.running), len(self.replicas) - len(self.running)
-        if running == self.target and not others:
-            return "HEALTHY"
-        if any(r.version != self.version for r in self.replicas) or (running == 0 and self.target > 0):
-            return "UPDATING"
-        return "UPSCALING" if running < self.target else "DOWNSCALING"
 
 
 class Registry:
@@ -116,6 +38,7 @@ class Registry:
         self.client: Any = client  # redis-py's reply types change from release to release; we decode what we read
         self.settings = settings
         self.keys = Keys(settings.namespace)
+        self._removal = Removal(client, settings)
 
     def keys_of(self, tag: str) -> DeploymentKeys:
         return self.keys.deployment(tag)
@@ -135,38 +58,76 @@ class Registry:
     # applications
 
     async def deploy(self, app: str, ingress: str, deployments: Iterable[NewDeployment]) -> AppRecord:
-        """Store an application, replacing the one of that name: its requests stay, its replicas are replaced."""
-        new, before = list(deployments), (await self.apps()).get(app)
-        record = AppRecord(app, secrets.token_hex(4), ingress, [d.name for d in new], await self.now_ms())
+        """Store an application, replacing the one of that name. Its requests stay.
+
+        Replicas stay where the code is the same, and take the new config over; the others are replaced. Deployments
+        that are no longer part of it serve on until nobody of the former version can call them.
+        """
+        new, revision, now_ms = list(deployments), secrets.token_hex(4), await self.now_ms()
         for deployment in new:
-            await self._store(deployment_tag(app, deployment.name), record, deployment)
-        await self.client.hset(self.keys.apps, app, json.dumps(asdict(record)))
+            await self._store(deployment_tag(app, deployment.name), revision, deployment)
+        while True:
+            text = await self.client.hget(self.keys.apps, app) or b""
+            leaving = await self._leaving(AppRecord(**json.loads(text)), {d.name for d in new}) if text else {}
+            record = AppRecord(app, revision, ingress, [d.name for d in new], now_ms, leaving)
+            if await self._replace(text, record):
+                break
         await self.announce(f"deployed {app}")
-        if gone := set(before.tags if before else ()) - set(record.tags):
-            await self._remove(sorted(gone))
+        await self.retire()
         return record
 
-    async def _store(self, tag: str, record: AppRecord, deployment: NewDeployment) -> None:
-        keys, config = self.keys_of(tag), deployment.config
+    async def _leaving(self, before: AppRecord, staying: set[str]) -> dict[str, str]:
+        leaving = {name: revision for name, revision in before.leaving.items() if name not in staying}
+        for name in set(before.deployments) - staying:
+            revision = await self.client.hget(self.keys_of(deployment_tag(before.name, name)).config, "revision")
+            leaving[name] = (revision or b"").decode()
+        return leaving
+
+    async def _replace(self, read: bytes, record: AppRecord) -> bool:
+        call = scripts.replace(self.keys, record.name, read.decode(), json.dumps(asdict(record)))
+        done = await run(self.client, call)
+        return done == 1
+
+    async def _store(self, tag: str, revision: str, new: NewDeployment) -> None:
+        keys, config = self.keys_of(tag), new.config
         await run(self.client, scripts.groups(keys))
-        async with self.client.pipeline(transaction=True) as pipe:
-            pipe.set(keys.definition, deployment.definition)
-            fields = {
-                "version": record.version,
-                "config": config.to_json(),
-                "max_attempts": str(config.max_attempts),
-                "result_ttl_s": str(int(config.result_ttl_s)),
-            }
-            if config.max_queued_requests is not None:
-                fields["max_queued"] = str(config.max_queued_requests)
-            if config.request_timeout_s is not None:
-                fields["timeout_ms"] = str(int(config.request_timeout_s * 1000))
-            pipe.hdel(keys.config, "max_queued", "timeout_ms")  # of the version before
-            pipe.hset(keys.config, mapping=fields)
-            pipe.hdel(keys.status, "state", "message", "traceback", "failed_version")
-            if await self.client.hget(keys.status, "target") == b"0":
-                pipe.hdel(keys.status, "target")  # decided anew: this version may want replicas from the start
-            await pipe.execute()
+        call = scripts.deploy(
+            keys, revision, new.code, config.to_json(), new.definition, _limits(config),
+            configured=config.user_config is not None,
+        )  # fmt: skip
+        await run(self.client, call)
+
+    async def retire(self) -> None:
+        """One pass over the deployments that have left their applications: those that nobody needs go. Waits for nothing."""
+        for record in (await self.apps()).values():
+            if not record.leaving or await self._has_former_replicas(record):
+                continue
+            for name, revision in record.leaving.items():
+                keys = self.keys_of(deployment_tag(record.name, name))
+                was_open = await self.client.exists(keys.config)
+                if await self._removal.close(keys, revision) and was_open:
+                    await self.announce(f"removed {keys.tag}")
+                if await self._removal.step(keys):
+                    await self._forget(record.name, name, revision)
+
+    async def _has_former_replicas(self, record: AppRecord) -> bool:
+        """Are there replicas of an earlier version, which may call what has left?"""
+        for tag in record.tags:
+            keys = self.keys_of(tag)
+            version = await self.client.hget(keys.config, "version") or b""
+            for text in await self.client.hvals(keys.replicas):
+                if json.loads(text)["version"] != version.decode():
+                    return True
+        return False
+
+    async def _forget(self, app: str, name: str, revision: str) -> None:
+        while text := await self.client.hget(self.keys.apps, app):
+            record = AppRecord(**json.loads(text))
+            if record.leaving.get(name) != revision:
+                return
+            del record.leaving[name]
+            if await self._replace(text, record):
+                return
 
     async def delete(self, app: str) -> bool:
         """Remove an application: nothing more is accepted, its replicas drain, then what is queued goes. False if there was none."""
@@ -174,43 +135,12 @@ class Registry:
         if record is None:
             return False
         await self.client.hdel(self.keys.apps, app)
-        await self._remove(record.tags)
-        return True
-
-    async def _remove(self, tags: Iterable[str]) -> None:
-        """Close the deployments to new requests, wait for their replicas to say goodbye, delete the rest."""
-        all_keys = [self.keys_of(tag) for tag in tags]
+        all_keys = [self.keys_of(tag) for tag in record.all_tags]
         for keys in all_keys:
             await self.client.delete(keys.config, keys.definition)
         await self.announce(f"removed {', '.join(keys.tag for keys in all_keys)}")
-        # All at once: a caller's replicas end when the requests that they wait for, in a callee's queue, are gone.
-        async with anyio.create_task_group() as removals:
-            for keys in all_keys:
-                removals.start_soon(self._remove_when_drained, keys)
-
-    async def _remove_when_drained(self, keys: DeploymentKeys) -> None:
-        """Cancel what waits, let what runs finish, cancel what is left then. Nobody is left waiting for an answer."""
-        await self._discard(keys, running=False)
-        with anyio.move_on_after(REMOVE_WITHIN_S):
-            while await self._has_living_replicas(keys) and not await self.client.exists(keys.config):  # noqa: ASYNC110
-                await anyio.sleep(0.02)
-        if await self.client.exists(keys.config):
-            return  # deployed again meanwhile
-        await self._discard(keys, running=True)
-        await self.client.delete(*keys.owned)
-
-    async def _discard(self, keys: DeploymentKeys, *, running: bool) -> None:
-        supplier = Supplier(self.settings, lambda call: run(self.client, call))
-        cursor, is_through = "0", False
-        while not is_through:
-            call = scripts.discard(keys, cursor, ENDED_TTL_S, f"deployment {keys.tag} was deleted", running=running)
-            cursor, waiters = await run(self.client, call)
-            is_through = cursor == "0"
-            await supplier.supply_all(keys.tag, waiters)
-
-    async def _has_living_replicas(self, keys: DeploymentKeys) -> bool:
-        leases = [keys.lease(name.decode()) for name in await self.client.hkeys(keys.replicas)]
-        return bool(leases) and await self.client.exists(*leases) > 0
+        await self._removal.finish(all_keys)
+        return True
 
     async def apps(self) -> dict[str, AppRecord]:
         records = await self.client.hgetall(self.keys.apps)
@@ -220,9 +150,26 @@ class Registry:
         stored: bytes | None = await self.client.get(self.keys_of(tag).definition)
         return stored
 
+    async def current(self, tag: str) -> Current | None:
+        """What is in force for a deployment; None if it is not deployed."""
+        fields = await self.client.hmget(self.keys_of(tag).config, "version", "revision", "config")
+        if fields[2] is None:
+            return None
+        return Current(fields[0].decode(), (fields[1] or b"").decode(), DeploymentConfig.from_json(fields[2]))
+
+    async def of_version(self, app: str, version: str) -> dict[str, DeploymentConfig]:
+        """The deployments of an application whose code is of this version: they can share a process that imports it."""
+        record, found = (await self.apps()).get(app), {}
+        for tag in record.all_tags if record is not None else ():
+            current = await self.current(tag)
+            if current is not None and current.version == version:
+                found[tag] = current.config
+        return found
+
     async def announce(self, what: str) -> None:
-        """Wake the autoscaler: something that it goes by has changed."""
-        await self.client.xadd(self.keys.changes, {"what": what}, maxlen=CHANGES_KEPT, approximate=True)
+        """Wake the autoscaler: something that it goes by has changed. A hint: it looks once a second anyway."""
+        with suppress(redis.exceptions.OutOfMemoryError):
+            await self.client.xadd(self.keys.changes, {"what": what}, maxlen=CHANGES_KEPT, approximate=True)
 
     # targets and failures
 
@@ -235,12 +182,31 @@ class Registry:
             await self.client.hset(keys.status, "override", json.dumps(override))
         await self.announce(f"override of {tag}")
 
-    async def fail(self, tag: str, version: str, message: str, traceback: str) -> None:
-        """Record that this version of a deployment cannot start."""
-        keys = self.keys_of(tag)
-        if await self.client.hget(keys.config, "version") == version.encode():
-            fields = {"state": "DEPLOY_FAILED", "message": message, "traceback": traceback, "failed_version": version}
-            await self.client.hset(keys.status, mapping=fields)
+    async def fail(self, tag: str, revision: str, message: str, traceback: str) -> None:
+        """Record that a deployment cannot start as it was deployed with this revision."""
+        fields = {"state": "DEPLOY_FAILED", "message": message, "traceback": traceback, "failed_revision": revision}
+        await run(self.client, scripts.note(self.keys_of(tag), revision, fields))
+
+    async def withdraw(
+        self, tag: str, revision: str, back_to: Current, message: str, traceback: str
+    ) -> scripts.Withdrawn:
+        """Take a config back that a running replica could not take over; the one it works by is in force again.
+
+        Whoever waits for the deploy learns of it. Replicas that have taken it over already are told to go back.
+        """
+        config = back_to.config
+        call = scripts.withdraw(
+            self.keys_of(tag), revision, back_to.revision, config.to_json(), message, traceback, _limits(config)
+        )
+        answer = await run(self.client, call)
+        if answer is scripts.Withdrawn.WITHDRAWN:
+            await self.announce(f"withdrew revision {revision} of {tag}")
+        return answer
+
+    async def note_death(self, tag: str, replica: str, cause: str) -> None:
+        """Keep the cause of a replica's end for whoever asks, until the next deploy."""
+        death = json.dumps({"replica": replica, "cause": cause, "at_ms": await self.now_ms()})
+        await run(self.client, scripts.note(self.keys_of(tag), "", {"last_death": death}))
 
     # nodes
 
@@ -259,16 +225,14 @@ class Registry:
                 await self.client.delete(self.keys.node_plan(name))
         return alive
 
-    async def plan(self, node: str) -> dict[str, tuple[int, str]]:
-        """What a node should run: tag -> (replicas, version)."""
+    async def plan(self, node: str) -> dict[str, Planned]:
+        """What a node should run, by tag."""
         rows = await self.client.hgetall(self.keys.node_plan(node))
-        plans = {tag.decode(): json.loads(text) for tag, text in rows.items()}
-        return {tag: (plan["replicas"], plan["version"]) for tag, plan in plans.items()}
+        return {tag.decode(): Planned(**json.loads(text)) for tag, text in rows.items()}
 
-    async def assign(self, node: str, tag: str, replicas: int, version: str) -> None:
-        """Tell a node how many replicas of a deployment to run; 0 of a deployment that is gone removes the line."""
-        text = json.dumps({"replicas": replicas, "version": version})
-        await self.client.hset(self.keys.node_plan(node), tag, text)
+    async def assign(self, node: str, tag: str, planned: Planned) -> None:
+        """Tell a node how many replicas of a deployment to run, of which version and by which config."""
+        await run(self.client, scripts.enlist(self.keys.node_plan(node), tag, json.dumps(planned._asdict())))
         await self.client.publish(self.keys.node_wake(node), "plan")
 
     async def unassign(self, node: str, tag: str) -> None:
@@ -290,12 +254,13 @@ class Registry:
         backlog = await run(self.client, scripts.backlog(keys))
         status = {field.decode(): value.decode() for field, value in status.items()}
         override = status.get("override")
-        version = config[b"version"].decode()
-        failed = status.get("state") == "DEPLOY_FAILED" and status.get("failed_version") == version
+        revision = config.get(b"revision", b"").decode()
+        failed = status.get("state") == "DEPLOY_FAILED" and status.get("failed_revision") == revision
+        last_death = status.get("last_death")
         return DeploymentView(
             app=app,
             name=name,
-            version=version,
+            version=config[b"version"].decode(),
             config=DeploymentConfig.from_json(config[b"config"]),
             has_target="target" in status,
             target=int(status.get("target", 0)),
@@ -305,10 +270,15 @@ class Registry:
             override=json.loads(override) if override else None,
             replicas=sorted((ReplicaRecord(**json.loads(text)) for text in replicas), key=lambda r: r.replica),
             backlog=backlog,
+            revision=revision,
+            refused=status.get("refused_revision", ""),
+            refusal=status.get("refused_message", ""),
+            refusal_traceback=status.get("refused_traceback", ""),
+            last_death=json.loads(last_death) if last_death else None,
         )
 
-    async def views(self) -> list[DeploymentView]:
-        """Every deployment of every application. Raises what the first failed reading raised, not a group of them."""
+    async def views(self, *, with_leaving: bool = False) -> list[DeploymentView]:
+        """Every deployment of every application; also those that have left one, if wanted. Raises what the first failed reading raised, not a group of them."""
         found: dict[tuple[str, str], DeploymentView | None] = {}
         limiter = anyio.CapacityLimiter(VIEWS_AT_ONCE)
 
@@ -316,7 +286,11 @@ class Registry:
             async with limiter:
                 found[app, name] = await self.view(app, name)
 
-        order = [(record.name, name) for record in (await self.apps()).values() for name in record.deployments]
+        order = [
+            (record.name, name)
+            for record in (await self.apps()).values()
+            for name in [*record.deployments, *(record.leaving if with_leaving else ())]
+        ]
         try:
             async with anyio.create_task_group() as tasks:
                 for app, name in order:
@@ -341,6 +315,17 @@ class Registry:
         """The server's clock."""
         seconds, micros = await self.client.time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _limits(config: DeploymentConfig) -> tuple[str, ...]:
+    """What the scripts must know of a config, as `limits.lua` takes it."""
+    timeout_s = config.request_timeout_s
+    return (
+        str(config.max_attempts),
+        str(int(config.result_ttl_s)),
+        "" if config.max_queued_requests is None else str(config.max_queued_requests),
+        "" if timeout_s is None else str(int(timeout_s * 1000)),
+    )
 
 
 async def connect_registry(client: Control, settings: Settings, *, only_look: bool = False) -> Registry:

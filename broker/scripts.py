@@ -45,6 +45,12 @@ class Ended(StrEnum):
     EARLY = "early"  # to be expired, and its deadline has not passed
 
 
+class Withdrawn(StrEnum):
+    WITHDRAWN = "withdrawn"
+    SUPERSEDED = "superseded"  # another config is in force by now
+    SPENT = "spent"  # the one to go back to was withdrawn, too
+
+
 class Supplied(StrEnum):
     QUEUED = "queued"
     DELAYED = "delayed"
@@ -362,6 +368,46 @@ def backlog(keys: DeploymentKeys) -> Call[Backlog]:
         return Backlog(waiting, in_flight, parked, delayed, age_s, arrivals, due, tuple(i.decode() for i in last_ids))
 
     return Call(script("backlog"), (*keys.lanes, keys.parked, keys.due), (), read)
+
+
+def deploy(
+    keys: DeploymentKeys, revision: str, code: str, config: str, definition: bytes, limits: Sequence[str],
+    *, configured: bool,
+) -> Call[str]:  # fmt: skip
+    """Answers the version: the former one where the replicas can stay, else `revision`. `limits` as `limits.lua` has them."""
+    arguments = (revision, code, "configured" if configured else "", config, definition, *limits)
+    return Call(script("deploy"), (keys.config, keys.status, keys.definition), arguments, bytes.decode)
+
+
+def withdraw(
+    keys: DeploymentKeys, revision: str, back_to: str, config: str, message: str, traceback: str, limits: Sequence[str]
+) -> Call[Withdrawn]:
+    return Call(
+        script("withdraw"),
+        (keys.config, keys.status),
+        (revision, back_to, config, message, traceback, *limits),
+        lambda reply: Withdrawn(reply.decode()),
+    )
+
+
+def note(keys: DeploymentKeys, revision: str, fields: dict[str, str]) -> Call[int]:
+    """Writes to the deployment's status; answers 0 if it is gone, or of another revision ("": any will do)."""
+    flat = [part for item in fields.items() for part in item]
+    return Call(script("note"), (keys.config, keys.status), (revision, *flat), int)
+
+
+def close(keys: DeploymentKeys, revision: str) -> Call[int]:
+    return Call(script("close"), (keys.config, keys.definition), (revision,), int)
+
+
+def replace(keys: Keys, app: str, read: str, record: str) -> Call[int]:
+    """Answers 0 if the application's record is not (any more) the one that was read."""
+    return Call(script("replace"), (keys.apps,), (app, read, record), int)
+
+
+def enlist(key: str, name: str, record: str, *, only_if_new: bool = False) -> Call[int]:
+    """`key`: the list of nodes, of a deployment's replicas, or of what a node should run."""
+    return Call(script("enlist"), (key,), (name, record, "new" if only_if_new else ""), int)
 
 
 def decide(keys: DeploymentKeys, fence: int, target: int, reason: str, record: dict[str, Any]) -> Call[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from millstream.broker import scripts
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
 from millstream.broker.outcomes import ENDED_TTL_S, OVERDUE
-from millstream.broker.registry import ReplicaRecord
+from millstream.broker.records import ReplicaRecord
 from millstream.broker.supplying import Run, Supplier
 from millstream.config import Settings
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from millstream.broker.connection import Control, ping
-from millstream.broker.registry import AppRecord, DeploymentView, NodeRecord, Registry
+from millstream.broker.records import AppRecord, DeploymentView, NodeRecord
+from millstream.broker.registry import Registry
 from millstream.config import Settings
 
 

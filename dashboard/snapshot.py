@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from millstream.broker.registry import AppRecord, DeploymentView, ReplicaRecord
+from millstream.broker.records import AppRecord, DeploymentView, ReplicaRecord
 from millstream.config import Settings, redact
 from millstream.dashboard.rates import Rates
 from millstream.dashboard.reading import Look

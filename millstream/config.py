@@ -182,9 +182,12 @@ class DeploymentConfig:
     max_attempts: int = 3  # attempts ended by the death of a replica; 1 is Ray's behaviour
     result_ttl_s: float = 3600.0
     user_config: Any = None
+    health_check_period_s: float = 10.0  # Ray's; between two calls of the user's check_health
     health_check_timeout_s: float = 30.0
     graceful_shutdown_timeout_s: float = 20.0
     start_method: Literal["fork", "spawn"] | None = None  # None: fork, unless the application started threads
+    resources: dict[str, float] = field(default_factory=dict)  # of one replica: on record, not used by placement yet
+    version: str | None = None  # Ray's; another one restarts the replicas, whatever else stayed the same
 
     def __post_init__(self) -> None:
         _at_least(self, "num_replicas", 0)
@@ -197,6 +200,7 @@ class DeploymentConfig:
         _at_least(self, "sync_threads", 1)
         _at_least(self, "max_attempts", 1)
         _at_least(self, "result_ttl_s", 1)
+        _above(self, "health_check_period_s", 0)
         _above(self, "health_check_timeout_s", 0)
         _at_least(self, "graceful_shutdown_timeout_s", 0)
         try:
@@ -205,6 +209,14 @@ class DeploymentConfig:
             raise ConfigError(f"user_config must be JSON-able: {e}") from None
         if self.start_method not in (None, "fork", "spawn"):
             raise ConfigError(f"start_method={self.start_method!r} is unknown; use 'fork', 'spawn' or None")
+        if self.version is not None and not isinstance(self.version, str):
+            raise ConfigError(f"version={self.version!r} must be a text")
+        _check_resources(self.resources)
+
+    @property
+    def of_the_process(self) -> dict[str, Any]:
+        """What a running replica cannot change: another value means another process."""
+        return {name: getattr(self, name) for name in sorted(RESTARTING)}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -221,14 +233,39 @@ class DeploymentConfig:
         return replace(self, **_translate(options))
 
 
+# A redeploy that changes only IN_PLACE fields keeps the replicas. Whoever adds a field decides where it belongs.
+IN_PLACE = frozenset(
+    {
+        "num_replicas", "autoscaling", "max_ongoing_requests", "max_attempts", "result_ttl_s", "user_config",
+        "health_check_period_s", "health_check_timeout_s", "graceful_shutdown_timeout_s",
+    }
+)  # fmt: skip
+RESTARTING = frozenset({"sync_threads", "start_method", "resources", "version"})
+
 # Options of Ray Serve that mean nothing without a Ray cluster or an HTTP proxy: accepted, so that code ports unchanged.
-IGNORED_OPTIONS = frozenset(
-    {"route_prefix", "version", "logging_config", "health_check_period_s", "graceful_shutdown_wait_loop_s"}
-)
+IGNORED_OPTIONS = frozenset({"route_prefix", "logging_config", "graceful_shutdown_wait_loop_s"})
+RESOURCES = ("num_cpus", "num_gpus")
+
+
+def _check_resources(resources: Any) -> None:
+    if not isinstance(resources, dict):
+        raise ConfigError(f"resources={resources!r} must be a dict, as in {{'num_cpus': 1, 'num_gpus': 0.5}}")
+    for name, amount in resources.items():
+        if name not in RESOURCES:
+            raise ConfigError(f"resources has {name!r}, which means nothing here; known are {', '.join(RESOURCES)}")
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < math.inf:
+            raise ConfigError(f"resources[{name!r}]={amount!r} must be a number, 0 or more")
 
 
 def _translate(options: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    for_actors = values.pop("ray_actor_options", None)  # Ray's name for the same
+    if for_actors is not None:
+        if "resources" in values:
+            raise ConfigError(
+                f"resources={values['resources']!r} and ray_actor_options={for_actors!r} are two names for one thing; drop one"
+            )
+        values["resources"] = for_actors
     if values.get("num_replicas", 1) is None:
         del values["num_replicas"]  # Ray's way to say "not a fixed number"
     if "max_concurrent_queries" in values:

@@ -69,6 +69,14 @@ class Application:
     def __repr__(self) -> str:
         return f"Application({self.deployment.name!r})"
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("remote", "call", "options", "map"):
+            raise AttributeError(
+                f"{self!r} is a node of a graph and no handle: it becomes one where it is an argument of bind(), itself or "
+                "inside lists, tuples, sets, dicts and dataclasses; inside other objects it is not found"
+            )
+        raise AttributeError(f"Application has no attribute {name!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -159,8 +167,13 @@ def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: An
     """Make a class or function servable. Bare, or with options.
 
     Options: name, num_replicas (a number or "auto"), autoscaling_config, max_ongoing_requests (alias
-    max_concurrent_queries), sync_threads, max_attempts, result_ttl_s, user_config, health_check_timeout_s,
-    graceful_shutdown_timeout_s, start_method. Raises ConfigError, which names the option.
+    max_concurrent_queries), sync_threads, max_attempts, result_ttl_s, user_config, health_check_period_s,
+    health_check_timeout_s, graceful_shutdown_timeout_s, start_method, resources (alias ray_actor_options; num_cpus and
+    num_gpus, kept on record: placement does not go by them yet), version. Raises ConfigError, which names the option.
+
+    What a class may have besides its methods, each of them sync or async: `reconfigure(user_config)`, called after the
+    constructor and whenever a redeploy changes user_config; `check_health()`, which raises if the replica should be
+    replaced; `__del__()`, called when a replica leaves in order.
     """
 
     def decorate(target: Callable[..., Any]) -> Deployment:

@@ -4,17 +4,20 @@
 """
 
 import asyncio
+import math
 import time
 from typing import Any, Literal, overload
 
 from millstream.broker.codec import codec_for
-from millstream.broker.definitions import Definition, seal
+from millstream.broker.connection import DOWN
+from millstream.broker.definitions import Definition, code_of, seal
 from millstream.broker.keys import check_name, deployment_tag
-from millstream.broker.outcomes import no_such_deployment
-from millstream.broker.registry import NewDeployment, Registry
+from millstream.broker.outcomes import deploy_failed, no_such_deployment
+from millstream.broker.records import AppRecord, DeploymentView, NewDeployment
+from millstream.broker.registry import Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
-from millstream.errors import ConfigError, DeployFailedError
+from millstream.errors import BrokerUnavailableError, ConfigError, DeployFailedError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
@@ -22,7 +25,7 @@ from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
 from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
-from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
+from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, summarise
 
 __all__ = [
     "Application",
@@ -49,6 +52,7 @@ __all__ = [
 ]
 
 POLL_S = 0.01  # while a deployment comes up
+PATIENCE_S = 30.0  # with a server that does not answer meanwhile; as long as a request is kept that cannot be sent
 
 
 def start() -> None:
@@ -61,11 +65,17 @@ def run(
 ) -> SyncHandle:
     """Deploy an application and wait until it serves; the handle of its ingress.
 
-    Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. An application of the
-    same name is replaced: its queued requests stay, its replicas are exchanged. `blocking` waits for Ctrl-C after that.
+    Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. `blocking` waits for
+    Ctrl-C after that.
 
-    Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the
-    constructor's traceback), BrokerUnavailableError, TimeoutError after `timeout_s`.
+    An application of the same name is replaced while it serves; no request is lost. Deployments with other code, other
+    constructor arguments, or another sync_threads, start_method, resources or version get new replicas, which start
+    before the old ones leave. The replicas of the others stay, with the state of their objects, and take the new options
+    over; a new user_config goes to `reconfigure`, when what runs in that replica has ended, to a fifth of the replicas
+    at a time. Where `reconfigure` raises, the deployment goes back to the options it had.
+
+    Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the traceback
+    of the constructor or of `reconfigure`), BrokerUnavailableError, TimeoutError after `timeout_s`.
     """
     nodes = compile_graph(target, _checked(name))
     ensure_running()
@@ -96,35 +106,64 @@ def _checked(name: str) -> str:
 def _new_deployment(settings: Settings, app: str, node: Node) -> NewDeployment:
     codec = codec_for(settings.secret_key, settings.namespace, deployment_tag(app, node.name))
     definition = Definition(node.deployment.func_or_class, node.args, node.kwargs)
-    return NewDeployment(node.name, node.config, seal(codec, definition))
+    envelope = seal(codec, definition)
+    return NewDeployment(node.name, node.config, envelope, code_of(codec, envelope, node.config))
 
 
 async def deploy(registry: Registry, app: str, new: list[NewDeployment], timeout_s: float | None = None) -> None:
-    """Store an application and wait until it serves. Raises DeployFailedError, TimeoutError."""
+    """Store an application and wait until it serves as stored; outages of the server are waited out, for PATIENCE_S.
+
+    Raises DeployFailedError, TimeoutError, BrokerUnavailableError.
+    """
     record = await registry.deploy(app, new[0].name, new)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    answered_at = time.monotonic()
+    deadline = math.inf if timeout_s is None else answered_at + timeout_s
+    late = record.deployments
     while True:
-        views = [await registry.view(app, one.name) for one in new]
-        present = [view for view in views if view is not None]
-        for view in present:
-            if view.failure:
-                raise DeployFailedError(
-                    f"deployment {view.tag} cannot start: {view.failure}; mend it and deploy again\n{view.traceback}".rstrip(),
-                    deployment=view.tag,
-                    remote_traceback=view.traceback,
-                )
-        if len(present) < len(new) or any(view.version != record.version for view in present):
-            raise DeployFailedError(
-                f"application {app!r} was deleted or replaced while it was coming up; deploy it again", deployment=app
-            )
-        if all(is_up(view) for view in present):
+        try:
+            late = await _not_up(registry, record)
+            answered_at = time.monotonic()
+        except DOWN as e:
+            if time.monotonic() - answered_at > PATIENCE_S:
+                raise BrokerUnavailableError(
+                    f"application {app!r} is stored, and the server went away while it was coming up ({e}); "
+                    "`millstream status` shows how it does when the server is back"
+                ) from e
+        if not late:
             return
         if trouble():
             raise DeployFailedError(f"application {app!r} cannot come up: {trouble()}", deployment=app)
-        if deadline is not None and time.monotonic() > deadline:
-            late = ", ".join(view.name for view in present if not is_up(view))
-            raise TimeoutError(f"application {app!r} did not come up within {timeout_s} s: waiting for {late}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"application {app!r} did not come up within {timeout_s} s: waiting for {', '.join(late)}"
+            )
         await asyncio.sleep(POLL_S)
+
+
+async def _not_up(registry: Registry, record: AppRecord) -> list[str]:
+    """The deployments that do not serve yet as they were stored. Raises DeployFailedError if one will not."""
+    views = [await registry.view(record.name, name) for name in record.deployments]
+    present = [view for view in views if view is not None]
+    _raise_what_failed(present, record.version)
+    if len(present) < len(views) or any(view.revision != record.version for view in present):
+        raise DeployFailedError(
+            f"application {record.name!r} was deleted or replaced while it was coming up; deploy it again",
+            deployment=record.name,
+        )
+    return [view.name for view in present if not view.is_up]
+
+
+def _raise_what_failed(views: list[DeploymentView], revision: str) -> None:
+    for view in views:
+        if view.refused == revision:
+            raise DeployFailedError(
+                f"deployment {view.tag} goes on as it was before, because the new config was refused: {view.refusal}; "
+                f"mend it and deploy again\n{view.refusal_traceback}".rstrip(),
+                deployment=view.tag,
+                remote_traceback=view.refusal_traceback,
+            )
+        if view.failure:
+            raise deploy_failed(view.tag, view.failure, view.traceback)
 
 
 def _wait_for_interrupt() -> None:

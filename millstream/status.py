@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from millstream.broker.registry import AppRecord, DeploymentView
+from millstream.broker.records import AppRecord, DeploymentView
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class DeploymentStatus:
     parked: int
     delayed: int
     replicas: list[ReplicaStatus]
+    last_death: dict[str, Any] | None = None  # replica, cause, at_ms; since the last deploy
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,13 @@ def _application(record: AppRecord, views: list[DeploymentView]) -> ApplicationS
     failed = [view for view in views if view.failure]
     if failed:
         status, message = "DEPLOY_FAILED", f"{failed[0].name}: {failed[0].failure}"
-    elif all(is_up(view) for view in views):
+    elif all(view.is_up for view in views):
         status, message = "RUNNING", ""
     else:
-        status, message = "DEPLOYING", f"waiting for {', '.join(view.name for view in views if not is_up(view))}"
+        status, message = "DEPLOYING", f"waiting for {', '.join(view.name for view in views if not view.is_up)}"
     return ApplicationStatus(
         status, message, record.deployed_ms / 1000, {view.name: _deployment(view) for view in views}
     )
-
-
-def is_up(view: DeploymentView) -> bool:
-    """Does it serve its present version, as far as it should serve at all?"""
-    return view.has_target and (view.target == 0 or bool(view.running))
 
 
 def _deployment(view: DeploymentView) -> DeploymentStatus:
@@ -79,7 +75,7 @@ def _deployment(view: DeploymentView) -> DeploymentStatus:
         states[replica.state] = states.get(replica.state, 0) + 1
     return DeploymentStatus(
         status=view.status,
-        message=view.failure or view.reason,
+        message=view.failure or view.trouble or view.reason,
         replica_states=states,
         target_replicas=view.target,
         waiting=view.backlog.waiting,
@@ -87,4 +83,5 @@ def _deployment(view: DeploymentView) -> DeploymentStatus:
         parked=view.backlog.parked,
         delayed=view.backlog.delayed,
         replicas=[ReplicaStatus(r.replica, r.pid, r.node, r.state) for r in view.replicas],
+        last_death=view.last_death,
     )

@@ -20,19 +20,38 @@ class Intake:
 
     def __init__(self, keys: DeploymentKeys, replica: str, executor: Executor, max_ongoing: int) -> None:
         self._keys, self._replica = keys, replica
-        self._executor, self._max_ongoing = executor, max_ongoing
+        self._executor = executor
         # Half of the slots at a time: while one half runs, the claim of the other is in the air.
-        self._at_once = max(1, (max_ongoing + 1) // 2)
+        self.resize(max_ongoing)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
         self._direct_reads, self._direct_lane, self._was_direct = 0, b"", False
         self.is_draining = False
+        self.is_paused = False  # nothing new starts; what has been claimed goes back to its lane
+        self._may_start_more = False  # a claim is in the air, or about to be
 
     @property
     def free(self) -> int:
-        return self._max_ongoing - len(self._executor.running)
+        return 0 if self.is_paused else self._max_ongoing - len(self._executor.running)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Does nothing run, and is nothing on its way? Then, while paused, that stays so."""
+        return not self._may_start_more and not self._executor.running
+
+    def resize(self, max_ongoing: int) -> None:
+        """Other slots from the next claim on; what runs beyond them ends as it would."""
+        self._max_ongoing, self._at_once = max_ongoing, max(1, (max_ongoing + 1) // 2)
+        self._executor.slot_freed.set()
 
     async def run(self, reads: Link, writes: Link) -> None:
         """Claim until draining. Raises BrokerUnavailableError when the connection is lost."""
+        self._may_start_more = True
+        try:
+            await self._run(reads, writes)
+        finally:
+            self._may_start_more = False
+
+    async def _run(self, reads: Link, writes: Link) -> None:
         claim = self._claim(reads, 0)
         while not self.is_draining:
             if claim is None:
@@ -45,7 +64,7 @@ class Intake:
                 self._direct_reads = 0
                 claim = self._claim(reads, 0)
                 continue
-            if not claimed and not self.is_draining:
+            if not claimed and self.free > 0 and not self.is_draining:
                 claimed = await self._within_slots(await self._block(reads), writes)
             if not self.is_draining:
                 claim = self._claim(reads, sum(len(entries) for _, entries in claimed))
@@ -79,7 +98,9 @@ class Intake:
     async def _a_free_slot(self) -> None:
         self._executor.slot_freed.clear()
         if self.free <= 0 and not self.is_draining:
+            self._may_start_more = False
             await self._executor.slot_freed.wait()
+            self._may_start_more = True
 
     async def _block(self, reads: Link) -> list[Any]:
         """Wait in the server for the next request; up to one per lane may come at once."""

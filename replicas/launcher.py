@@ -23,19 +23,20 @@ from anyio.abc import TaskGroup
 from millstream.broker import scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
-from millstream.broker.registry import NodeRecord, Registry, ReplicaRecord
+from millstream.broker.records import NodeRecord, Planned, ReplicaRecord
+from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
 from millstream.replicas.control import Control
 from millstream.replicas.output import prefix_of, relay
-from millstream.replicas.process import CannotFork, Message, ReplicaProcess, WarmFailed, WarmParent
+from millstream.replicas.parents import Parents
+from millstream.replicas.process import Message, ReplicaProcess, WarmFailed
 from millstream.replicas.reconcile import Running, reconcile
+from millstream.replicas.starts import START_FAILURES, Release, Starts
 
 TICK_S = 1.0  # a lost wake-up costs at most this
-START_FAILURES = 3  # in a row, of one version: then it cannot start
 MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
-QUICK_DEATH_S = 5.0  # a replica that lives no longer is started again with a growing delay
 log = logging.getLogger("millstream.launcher")
 
 
@@ -51,15 +52,9 @@ class Launcher:
         self._registry = Registry(self._client, settings)
         self._supplier = Supplier(settings, self._run)
         self._sweeper = Sweeper(settings, self._run, self._ask, lease_s=lease_s)
-        self._parents: dict[tuple[str, str], WarmParent] = {}
-        self._spare: WarmParent | None = None  # started with us: the first application need not wait for a Python
+        self._parents = Parents(settings)
+        self._starts = Starts()
         self._replicas: dict[str, ReplicaProcess] = {}
-        self._starting: dict[tuple[str, str], int] = {}  # (tag, version) -> forks under way
-        self._failures: dict[tuple[str, str], int] = {}
-        self._given_up: set[tuple[str, str]] = set()
-        self._not_before: dict[str, float] = {}  # tag -> when the next start may be, after quick deaths
-        self._quick_deaths: dict[str, int] = {}
-        self._unforkable: set[tuple[str, str]] = set()  # (app, version) that started threads while it was imported
         self._outage = Outage(log)
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
@@ -71,15 +66,14 @@ class Launcher:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                self._spare = WarmParent(self._settings)
+                self._parents.start_spare()
                 for loop in (self._renew_loop, self._sweep_loop, self._listen_loop):
                     tasks.start_soon(self._guarded, loop)
                 await self._guarded(self._reconcile_loop)
                 await self._drain_all()
                 tasks.cancel_scope.cancel()
         finally:
-            for parent in (*self._parents.values(), *([self._spare] if self._spare else [])):
-                parent.close()
+            self._parents.close()
             await self._client.aclose()
 
     def stop(self) -> None:
@@ -121,7 +115,7 @@ class Launcher:
         while True:
             await anyio.sleep(random.uniform(0.8, 1.2))
             for record in (await self._registry.apps()).values():
-                for tag in record.tags:
+                for tag in record.all_tags:
                     await self._sweeper.step(tag)
 
     async def _listen_loop(self) -> None:
@@ -135,30 +129,47 @@ class Launcher:
     # one pass
 
     async def step(self) -> None:
-        """Compare the plan with what runs; start, drain, and kill what does not answer."""
+        """Compare the plan with what runs; start, drain, update, and kill what does not answer."""
         plan = await self._registry.plan(self.node)
-        actions = reconcile(plan, self._running())
+        actions = reconcile(plan, self._running(plan))
         for replica in actions.drain:
             await self._drain(self._replicas.get(replica))  # it may have died meanwhile, or not have been forked yet
         for (tag, version), count in actions.start.items():
-            if (tag, version) not in self._given_up and self._not_before.get(tag, 0) <= time.monotonic():
+            if self._starts.may_begin(Release(tag, version, plan[tag].revision)):
                 for _ in range(count):
-                    self._starting[tag, version] = self._starting.get((tag, version), 0) + 1
+                    self._starts.begin(tag, version)
                     self._start_task(self._start(tag, version))
-        for app, version in {(tag.partition(".")[0], version) for tag, (_, version) in plan.items()}:
-            known = self._parents.keys() | self._unforkable
-            if (app, version) not in known and not any(gone == version for _, gone in self._given_up):
+        for replica in actions.update:
+            await self._update(self._replicas.get(replica))
+        used = {(tag.partition(".")[0], planned.version) for tag, planned in plan.items()}
+        for app, version in used:
+            if not self._parents.knows(app, version) and not self._starts.has_given_up(version):
                 self._start_task(self._warm_up(app, version))
         await self._kill_the_hung()
-        self._close_unused_parents({(tag.partition(".")[0], version) for tag, (_, version) in plan.items()})
+        busy = {(tag.partition(".")[0], version) for tag, version in self._starts.under_way}
+        self._parents.close_unused(used | busy)
 
-    def _running(self) -> list[Running]:
+    def _running(self, plan: dict[str, Planned]) -> list[Running]:
+        def is_spent(r: ReplicaProcess) -> bool:
+            return r.is_spent or (r.stuck_at != "" and r.tag in plan and plan[r.tag].revision == r.stuck_at)
+
         running = [
-            Running(r.replica, r.tag, r.version, r.is_ready, r.is_draining, r.ongoing) for r in self._replicas.values()
+            Running(
+                r.replica, r.tag, r.version, r.is_ready, r.is_draining, r.ongoing, r.heading, r.is_updating, is_spent(r)
+            )
+            for r in self._replicas.values()
         ]
-        for (tag, version), count in self._starting.items():
+        for (tag, version), count in self._starts.under_way.items():
             running += [Running(f"~{i}", tag, version, False, False) for i in range(count)]
         return running
+
+    async def _update(self, process: ReplicaProcess | None) -> None:
+        """Tell a replica the config that is in force, if it does not know yet."""
+        if process is None:
+            return
+        current = await self._registry.current(process.tag)
+        if current is not None and current.version == process.version and current.revision != process.heading:
+            await process.update(current)
 
     async def _drain(self, process: ReplicaProcess | None) -> None:
         if process is not None and not process.is_draining:
@@ -178,28 +189,21 @@ class Launcher:
                 continue
             if silent_s > (await self._config(process.tag)).health_check_timeout_s:
                 log.warning("replica %s has not answered for %.0f s: killed", process.replica, silent_s)
-                process.kill()
-
-    def _close_unused_parents(self, used: set[tuple[str, str]]) -> None:
-        busy = {(tag.partition(".")[0], version) for tag, version in self._starting}
-        for key in [key for key in self._parents if key not in used | busy]:
-            self._parents.pop(key).close()
+                process.kill(f"killed: no sign of life for {silent_s:.0f} s")
 
     # starting
 
     async def _warm_up(self, app: str, version: str) -> None:
         """Import the application ahead of its first replica: what is deployed at zero answers its first request fast."""
-        record = None
+        tags: dict[str, DeploymentConfig] = {}
         try:
-            record = (await self._registry.apps()).get(app)
-            if record is None or record.version != version:
-                return
-            methods = {(await self._config(tag)).start_method for tag in record.tags}
-            if methods != {"spawn"} and (app, version) not in self._parents:
-                await self._shared_parent(app, version, record.tags, fork_anyway="fork" in methods)
+            tags = await self._registry.of_version(app, version)
+            methods = {config.start_method for config in tags.values()}
+            if methods - {"spawn"} and not self._parents.knows(app, version):
+                await self._parents.find(app, version, list(tags), fork_anyway="fork" in methods)
         except WarmFailed as e:
-            for tag in record.tags if record is not None else ():
-                await self._give_up(tag, version, str(e), e.traceback)
+            for tag in tags:
+                await self._cannot_import(tag, version, e)
         except DOWN:
             return  # the next pass tries again
 
@@ -207,35 +211,31 @@ class Launcher:
         try:
             await self._start_one(tag, version)
         except WarmFailed as e:
-            await self._give_up(tag, version, str(e), e.traceback)
+            await self._cannot_import(tag, version, e)
         except DOWN as e:
             log.warning("replica of %s not started: %s", tag, e)
         finally:
-            left = self._starting[tag, version] - 1
-            if left:
-                self._starting[tag, version] = left
-            else:
-                del self._starting[tag, version]
+            self._starts.end(tag, version)
 
     async def _start_one(self, tag: str, version: str) -> None:
-        app = tag.partition(".")[0]
-        record = (await self._registry.apps()).get(app)
-        if record is None or record.version != version:
+        current = await self._registry.current(tag)
+        if current is None or current.version != version:
             return  # replaced meanwhile; the plan will say so
-        config = await self._config(tag)
-        parent = None
+        app, config, parent = tag.partition(".")[0], current.config, None
+        tags = list(await self._registry.of_version(app, version))
         if config.start_method != "spawn":
-            fork_anyway = config.start_method == "fork"
-            parent = await self._shared_parent(app, version, record.tags, fork_anyway=fork_anyway)
+            parent = await self._parents.find(app, version, tags, fork_anyway=config.start_method == "fork")
         if parent is None:
-            parent = self._blank_parent()
-            await parent.warm(app, record.tags, spawn=True)
+            parent = await self._parents.become(app, tags)
         replica = f"r-{secrets.token_hex(3)}"
         keys = self._registry.keys_of(tag)
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         ours, theirs = socket.socketpair()
-        order = {"tag": tag, "replica": replica, "node": self.node, "version": version, "config": config.to_json()}
+        order = {
+            "tag": tag, "replica": replica, "node": self.node, "version": version, "revision": current.revision,
+            "config": config.to_json(),
+        }  # fmt: skip
         await self._run(scripts.renew([keys.lease(replica)], self._lease_s, self.node))
         try:
             pid = await parent.fork(order, [out_write, err_write, theirs.fileno()])
@@ -243,64 +243,63 @@ class Launcher:
             for fd in (out_write, err_write):
                 os.close(fd)
             theirs.close()
-        process = ReplicaProcess(replica, tag, version, pid, parent, Control(ours))
+        process = ReplicaProcess(replica, tag, current, pid, parent, Control(ours))
         self._replicas[replica] = process
         starting = ReplicaRecord(replica, self.node, pid, version, "STARTING", await self._registry.now_ms())
-        await self._client.hsetnx(keys.replicas, replica, json.dumps(asdict(starting)))
+        await self._run(scripts.enlist(keys.replicas, replica, json.dumps(asdict(starting)), only_if_new=True))
         prefix = prefix_of(tag, replica)
         self._start_task(relay(out_read, prefix, sys.stdout))
         self._start_task(relay(err_read, prefix, sys.stderr))
         self._start_task(process.listen(self._heard))
         process.watch(self._died)
 
-    async def _shared_parent(self, app: str, version: str, tags: list[str], *, fork_anyway: bool) -> WarmParent | None:
-        """The parent that forks this application's replicas, started if need be; None when it may not be forked."""
-        key = (app, version)
-        if key in self._unforkable:
-            return None
-        parent = self._parents.get(key)
-        if parent is None or not parent.is_alive:
-            parent = self._parents[key] = self._blank_parent()
-            parent.warming = asyncio.ensure_future(parent.warm(app, tags, spawn=False, fork_anyway=fork_anyway))
-        try:
-            assert parent.warming is not None
-            await asyncio.shield(parent.warming)
-            return parent
-        except CannotFork as e:
-            if key not in self._unforkable:
-                self._unforkable.add(key)
-                self._parents.pop(key, None)
-                log.warning("%s: %s; its replicas start as fresh processes, more slowly", app, e)
-            return None
-        except WarmFailed:
-            self._parents.pop(key, None)
-            raise
+    async def _cannot_import(self, tag: str, version: str, error: WarmFailed) -> None:
+        current = await self._registry.current(tag)
+        if current is not None and current.version == version:
+            await self._give_up(Release(tag, version, current.revision), str(error), error.traceback)
 
-    def _blank_parent(self) -> WarmParent:
-        """The spare one, whose Python is up already, or a new one."""
-        spare, self._spare = self._spare, None
-        return spare if spare is not None and spare.is_alive else WarmParent(self._settings)
-
-    async def _give_up(self, tag: str, version: str, message: str, traceback: str) -> None:
+    async def _give_up(self, release: Release, message: str, traceback: str) -> None:
+        """What cannot start fails; but where a replica still goes by an earlier config, that one is in force again."""
+        tag, version, revision = release
         log.error("%s cannot start: %s\n%s", tag, message, traceback)
-        self._given_up.add((tag, version))
-        await self._registry.fail(tag, version, message, traceback)
+        self._starts.give_up(release)
+        for process in self._replicas.values():
+            of_before = process.tag == tag and process.version == version and process.works_by.revision != revision
+            if of_before and process.is_ready and not process.is_spent:
+                await self._registry.withdraw(tag, revision, process.works_by, message, traceback)
+                return
+        await self._registry.fail(tag, revision, message, traceback)
 
     # what replicas say, and their end
 
     def _heard(self, process: ReplicaProcess, message: Message) -> None:
-        process.well_at = time.monotonic()
+        process.hear(message)
         if "ready" in message:
-            process.is_ready, process.connections = True, message["ready"]
-            self._failures.pop((process.tag, process.version), None)
-            self._nudge.set()
-        elif "well" in message:
-            process.ongoing = message["well"]
+            self._starts.succeeded(Release(process.tag, process.version, process.works_by.revision))
+        elif "refused" in message:
+            self._start_task(self._withdraw(process, message))
+        elif "unhealthy" in message:
+            process.kill(f"killed: {message['unhealthy']}")
         elif "recycling" in message:
             process.expect_end()
+        if "well" not in message:
             self._nudge.set()
-        elif "failed" in message:
-            process.failure = (message["failed"], message["traceback"])
+
+    async def _withdraw(self, process: ReplicaProcess, said: Message) -> None:
+        """A replica could not take its new config over: the one that it works by is in force again."""
+        text = f"replica {process.replica}: {said['message']}"
+        log.error("%s did not take its new config over: %s\n%s", process.tag, text, said["traceback"])
+        delays = backoff()
+        while True:
+            try:
+                answer = await self._registry.withdraw(
+                    process.tag, said["refused"], process.works_by, text, said["traceback"]
+                )
+                break
+            except DOWN:
+                await anyio.sleep(next(delays))
+        process.is_spent = answer is scripts.Withdrawn.SPENT or not said["restored"]
+        self._nudge.set()
 
     def _died(self, process: ReplicaProcess) -> None:
         self._replicas.pop(process.replica, None)
@@ -308,15 +307,19 @@ class Launcher:
 
     async def _bury(self, process: ReplicaProcess) -> None:
         how = await process.parent.how_it_ended(process.pid, 0.02)
+        how = process.condemned or how
+        is_in_order = process.is_draining or how == "exited"  # it drains by itself when it first hears of a removal
         keys = self._registry.keys_of(process.tag)
         delays = backoff()
         while True:
             try:
                 requeued = await bury(self._run, self._ask, self._supplier, keys, process.replica, how, expired=False)
+                if not is_in_order:
+                    cause = process.failure[0] if process.failure else how
+                    await self._registry.note_death(process.tag, process.replica, cause)
                 break
             except DOWN:
                 await anyio.sleep(next(delays))
-        is_in_order = process.is_draining or how == "exited"  # it drains by itself when it first hears of a removal
         if requeued or (process.is_ready and not is_in_order):
             also = f"; {requeued} requests go to others" if requeued else ""
             log.warning("replica %s of %s (pid %d) %s%s", process.replica, process.tag, process.pid, how, also)
@@ -326,17 +329,12 @@ class Launcher:
 
     async def _count_death(self, process: ReplicaProcess, how: str) -> None:
         """Slow down restarts of what dies young, and give up on what never gets ready."""
-        if not process.is_ready:
-            key = (process.tag, process.version)
-            self._failures[key] = self._failures.get(key, 0) + 1
-            if self._failures[key] >= START_FAILURES:
-                message, traceback = process.failure or (f"its process {how} while starting", "")
-                await self._give_up(*key, f"{message} ({START_FAILURES} times in a row)", traceback)
-        if time.monotonic() - process.started_at < QUICK_DEATH_S:
-            quick = self._quick_deaths[process.tag] = self._quick_deaths.get(process.tag, 0) + 1
-            self._not_before[process.tag] = time.monotonic() + min(10.0, 0.05 * 2**quick)
-        else:
-            self._quick_deaths.pop(process.tag, None)
+        self._starts.lived(process.tag, time.monotonic() - process.started_at)
+        release = Release(process.tag, process.version, process.works_by.revision)
+        if not process.is_ready and self._starts.failed(release):
+            message, traceback = process.failure or (f"its process {how} while starting", "")
+            message = f"{message} ({START_FAILURES} times in a row)"
+            await self._give_up(release, message, traceback)
 
     # the node itself
 
@@ -350,7 +348,7 @@ class Launcher:
         """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
         await self._run(scripts.renew([self._registry.keys.node_lease(self.node)], self._lease_s, self.node))
         if self._record:
-            await self._client.hset(self._registry.keys.nodes, self.node, self._record)
+            await self._run(scripts.enlist(self._registry.keys.nodes, self.node, self._record))
         by_tag: dict[str, list[str]] = {}
         for process in self._replicas.values():
             by_tag.setdefault(process.tag, []).append(process.replica)

@@ -10,8 +10,9 @@ from typing import Any
 
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.config import DeploymentConfig
-from millstream.errors import ConfigError, MillstreamError
+from millstream.errors import MillstreamError
 from millstream.replicas.context import constructed
+from millstream.replicas.hooks import Hooks
 
 # Opcodes at which a coroutine may give up control, over the Python versions we support.
 _SUSPENDING = {"GET_AWAITABLE", "GET_ANEXT", "GET_AITER", "BEFORE_ASYNC_WITH", "SEND", "YIELD_VALUE"}
@@ -33,6 +34,7 @@ class Served:
 
     def __init__(self, instance: Any, name: str) -> None:
         self.instance, self._name = instance, name
+        self.hooks = Hooks(instance)
         self._methods: dict[bytes, Method] = {}
 
     def method(self, name: bytes) -> Method:
@@ -90,8 +92,8 @@ def _is_prompt(function: Any) -> bool:
     return not any(i.opname in _SUSPENDING for i in dis.get_instructions(function))
 
 
-async def build(definition: Definition, name: str, user_config: Any = None) -> Served:
-    """Construct the user's object, and hand it its user_config. Raises whatever the user's code does."""
+async def build(definition: Definition, name: str) -> Served:
+    """Construct the user's object. Raises whatever the user's code does."""
     target = definition.target
     if not inspect.isclass(target):
         constructed(target)
@@ -102,10 +104,4 @@ async def build(definition: Definition, name: str, user_config: Any = None) -> S
     else:
         instance = target(*definition.args, **definition.kwargs)
     constructed(instance)
-    if user_config is not None:
-        if not hasattr(instance, "reconfigure"):
-            raise ConfigError(f"user_config is set, but {target.__name__} has no method reconfigure(user_config)")
-        configured = instance.reconfigure(user_config)
-        if inspect.isawaitable(configured):
-            await configured
     return Served(instance, name)

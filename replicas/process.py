@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from millstream.broker.records import Current
 from millstream.config import Settings
 from millstream.errors import MillstreamError
 from millstream.replicas.control import Control
@@ -118,18 +119,56 @@ class WarmParent:
 class ReplicaProcess:
     """One replica process: its pid, what it last said, and a callback at its death."""
 
-    def __init__(self, replica: str, tag: str, version: str, pid: int, parent: WarmParent, control: Control) -> None:
-        self.replica, self.tag, self.version, self.pid = replica, tag, version, pid
+    def __init__(
+        self, replica: str, tag: str, started_with: Current, pid: int, parent: WarmParent, control: Control
+    ) -> None:
+        self.replica, self.tag, self.version, self.pid = replica, tag, started_with.version, pid
         self.parent, self.control = parent, control
+        self.works_by = started_with
+        self.heading = started_with.revision  # of the config that it was told last
+        self._told: dict[str, Current] = {}  # by revision, until it answers
+        self.stuck_at = ""  # a revision that it cannot come to: its requests do not end
+        self.is_spent = False  # its object is not what any config says: it takes nothing, and must be replaced
         self.is_ready = False
         self.is_draining = False
         self.ongoing = 0
         self.connections: list[int] = []
         self.failure: tuple[str, str] | None = None  # message, traceback: its constructor raised
+        self.condemned = ""  # why we have killed it
         self.started_at = self.well_at = time.monotonic()
         self.kill_at: float | None = None
         self._when_orphaned: Callable[[ReplicaProcess], None] | None = None
         self._pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+
+    @property
+    def is_updating(self) -> bool:
+        return bool(self._told)
+
+    def hear(self, message: Message) -> None:
+        """Remember what it says of itself."""
+        self.well_at = time.monotonic()
+        match message:
+            case {"ready": connections}:
+                self.is_ready, self.connections = True, connections
+            case {"well": ongoing}:
+                self.ongoing = ongoing
+            case {"failed": text, "traceback": traceback}:
+                self.failure = (text, traceback)
+            case {"configured": revision}:
+                self.works_by = self._told.pop(revision, self.works_by)
+                if revision == self.heading:
+                    self._told.clear()
+            case {"refused": revision}:
+                self._told.pop(revision, None)
+            case {"stuck": revision}:
+                self._told.pop(revision, None)
+                self.stuck_at = revision
+
+    async def update(self, current: Current) -> None:
+        """Tell it a newer config; the last one told counts."""
+        self.heading = current.revision
+        self._told[current.revision] = current
+        await self.control.send({"update": current.revision, "config": current.config.to_json()})
 
     def watch(self, on_death: Callable[["ReplicaProcess"], None]) -> None:
         """Call `on_death(self)` once, about a millisecond after the process ends (on the closing of its socket elsewhere)."""
@@ -162,6 +201,7 @@ class ReplicaProcess:
         self.is_draining = True
         self.kill_at = time.monotonic() + grace_s + 2.0
 
-    def kill(self) -> None:
+    def kill(self, why: str = "") -> None:
+        self.condemned = self.condemned or why
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)

@@ -23,7 +23,7 @@ from millstream.broker.connection import Outage, backoff
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.broker.keys import Keys
 from millstream.broker.link import Link, dial
-from millstream.broker.registry import ReplicaRecord
+from millstream.broker.records import Current, ReplicaRecord
 from millstream.broker.remote_errors import user_traceback
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
@@ -33,11 +33,13 @@ from millstream.replicas.context import ReplicaContext, inside
 from millstream.replicas.control import Control
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
+from millstream.replicas.health import Health, check
 from millstream.replicas.intake import Intake
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Served, build
 from millstream.replicas.orders import Orders, ServerClock, expire
 from millstream.replicas.streaming import Emitters
+from millstream.replicas.updating import Updater
 
 HOUSEKEEPING_S = 1.0
 log = logging.getLogger("millstream.replica")
@@ -52,6 +54,7 @@ class Birth:
     node: str
     version: str
     config: DeploymentConfig
+    revision: str = ""  # of the config
 
 
 class Replica:
@@ -61,8 +64,9 @@ class Replica:
         self._settings, self._birth, self._definition, self._control = settings, birth, definition, control
         self._keys = Keys(settings.namespace).deployment(birth.tag)
         self._record = ReplicaRecord(
-            birth.replica, birth.node, os.getpid(), birth.version, "STARTING", int(time.time() * 1000)
-        )
+            birth.replica, birth.node, os.getpid(), birth.version, "STARTING", int(time.time() * 1000),
+            revision=birth.revision,
+        )  # fmt: skip
         self._chores: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
         self._reads: Link | None = None  # may be blocked in the server
@@ -72,6 +76,7 @@ class Replica:
         self._orders: Orders
         self._emitters: Emitters
         self._intake: Intake | None = None
+        self._updater: Updater | None = None
 
     async def run(self) -> int:
         with inside(self._describe()):
@@ -96,13 +101,23 @@ class Replica:
             listening.cancel()
 
     async def _construct(self) -> Served | None:
-        """Build the user's object; what its constructor raises goes to the launcher, which decides what follows."""
+        """Build the user's object, configure it and ask how it does; what goes wrong the launcher hears, which decides."""
+        config, step = self._birth.config, "its constructor"
         try:
-            return await build(self._definition, self._birth.tag, self._birth.config.user_config)
+            served = await build(self._definition, self._birth.tag)
+            if config.user_config is not None:
+                step = "its reconfigure(user_config)"
+                await served.hooks.reconfigure(config.user_config)
         except BaseException as e:
-            message = f"its constructor raised {type(e).__name__}: {e}"
+            message = f"{step} raised {type(e).__name__}: {e}"
             await self._control.send({"failed": message, "traceback": user_traceback(e)})
             return None
+        complaint = await check(served.hooks, config.health_check_timeout_s)
+        if complaint is not None:
+            message = f"its first check_health failed: {complaint.text}"
+            await self._control.send({"failed": message, "traceback": complaint.traceback})
+            return None
+        return served
 
     async def _serve(self, served: Served) -> int:
         config = self._birth.config
@@ -125,22 +140,43 @@ class Replica:
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
         self._intake = intake = Intake(self._keys, self._birth.replica, executor, served.max_ongoing(config))
+        self._updater = updater = self._make_updater(served, intake, finisher)
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
         housekeeping = asyncio.create_task(self._keep_house(intake, executor))
+        updating = asyncio.create_task(updater.run(intake, executor, self._wake_read))
+        health = Health(served.hooks, lambda: updater.config, lambda: intake.is_paused)
+        checking = asyncio.create_task(health.run(self._control.send))
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
-            await self._drain(intake, executor, finisher, serving, supplier)
+            checking.cancel()
+            await self._drain(intake, executor, finisher, serving, supplier, updater, served)
             return 0
         finally:
-            for task in (serving, housekeeping, stopping, *self._chores):
+            for task in (serving, housekeeping, updating, checking, stopping, *self._chores):
                 task.cancel()
             executor.close()
             large.close()
             # What still runs is cancelled by the end of the loop. That must not reach the server as the request's failure.
             self._hang_up()
+
+    def _make_updater(self, served: Served, intake: Intake, finisher: Finisher) -> Updater:
+        async def apply(current: Current) -> None:
+            intake.resize(served.max_ongoing(current.config))
+            finisher._ttl_s = int(current.config.result_ttl_s)
+            self._record = replace(self._record, revision=current.revision)
+            delays = backoff()
+            while True:  # whoever waits for the deploy waits for this record
+                try:
+                    await self._register(self._record.state)
+                    return
+                except BrokerUnavailableError:
+                    await asyncio.sleep(next(delays))
+
+        started_with = Current(self._birth.version, self._birth.revision, self._birth.config)
+        return Updater(started_with, served.hooks, apply, self._control.send)
 
     # serving
 
@@ -211,7 +247,7 @@ class Replica:
         known = self._record.connections if connections is None else connections
         self._record = replace(self._record, state=state, connections=known)
         await self._renew_lease()
-        await self._ask("HSET", self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record)))
+        await self._run(scripts.enlist(self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record))))
 
     async def _renew_lease(self) -> None:
         await self._run(scripts.renew([self._keys.lease(self._birth.replica)], LEASE_S, self._birth.replica))
@@ -239,6 +275,9 @@ class Replica:
         async for message in self._control.messages():
             if "drain" in message:
                 self._stop.set()
+            elif "update" in message and self._updater is not None:
+                config = DeploymentConfig.from_json(message["config"])
+                self._updater.tell(Current(self._birth.version, message["update"], config))
         log.warning(
             "the launcher of node %s is gone: replica %s finishes what it runs and ends",
             self._birth.node,
@@ -249,11 +288,12 @@ class Replica:
     # the end
 
     async def _drain(
-        self, intake: Intake, executor: Executor, finisher: Finisher, serving: asyncio.Task[None], supplier: Supplier
-    ) -> None:
+        self, intake: Intake, executor: Executor, finisher: Finisher, serving: asyncio.Task[None], supplier: Supplier,
+        updater: Updater, served: Served,
+    ) -> None:  # fmt: skip
         """Stop claiming, hand back what was not started, let the rest finish until the deadline, say goodbye."""
         try:
-            async with asyncio.timeout(self._birth.config.graceful_shutdown_timeout_s):
+            async with asyncio.timeout(updater.config.graceful_shutdown_timeout_s):
                 intake.is_draining = True
                 executor.slot_freed.set()
                 with contextlib.suppress(BrokerUnavailableError):  # what runs here may still end after the outage
@@ -261,7 +301,8 @@ class Replica:
                 await asyncio.wait([serving])
                 with contextlib.suppress(BrokerUnavailableError):
                     await self._hand_back(executor)
-                await self._finish_up(executor, finisher)
+                await self._finish_up(executor, finisher, updater)
+                await served.hooks.say_goodbye(f"replica {self._birth.replica} of {self._birth.tag}")
                 await bury(
                     self._run,
                     self._ask_about_others,
@@ -282,13 +323,16 @@ class Replica:
 
     async def _stop_reading(self) -> None:
         await self._register("DRAINING")
+        await self._wake_read()
+
+    async def _wake_read(self) -> None:
         if self._reads is not None:
             await self._ask("CLIENT", "UNBLOCK", self._reads.client_id)
 
-    async def _finish_up(self, executor: Executor, finisher: Finisher) -> None:
+    async def _finish_up(self, executor: Executor, finisher: Finisher, updater: Updater) -> None:
         """Wait until nothing runs and the server knows all outcomes; over a new connection where the old one was lost."""
         delays = backoff()
-        while executor.running or self._chores or not finisher.is_idle:
+        while executor.running or self._chores or not finisher.is_idle or updater.is_busy:
             if self._writes is None or not self._writes.is_up:
                 try:
                     self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")

@@ -167,9 +167,8 @@ def _live(order: dict[str, Any], files: list[int], settings: Settings, definitio
     try:
         random.seed()  # siblings must not draw the same numbers
         _title(f"millstream: {order['tag']} {order['replica']}")
-        birth = Birth(
-            order["tag"], order["replica"], order["node"], order["version"], DeploymentConfig.from_json(order["config"])
-        )
+        config = DeploymentConfig.from_json(order["config"])
+        birth = Birth(order["tag"], order["replica"], order["node"], order["version"], config, order["revision"])
         control = socket.socket(fileno=control_fd)
         code = _loop_run(settings, birth, definitions[order["tag"]], control)
     except BaseException:

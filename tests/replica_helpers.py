@@ -25,7 +25,8 @@ from millstream.broker.connection import open_control, run
 from millstream.broker.definitions import Definition
 from millstream.broker.keys import Keys, deployment_tag
 from millstream.broker.outcomes import open_stored
-from millstream.broker.registry import AppRecord, NewDeployment, Registry
+from millstream.broker.records import AppRecord, NewDeployment
+from millstream.broker.registry import Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Node, compile_graph, deployment
 from millstream.handles.handle import DeploymentHandle, SyncHandle

@@ -208,7 +208,7 @@ def test_config_survives_json_and_pickle(options: dict[str, Any]) -> None:
         ("num_replicas", -1), ("num_replicas", 1.5), ("num_replicas", True), ("num_replicas", "two"),
         ("max_ongoing_requests", 0), ("sync_threads", 0), ("max_attempts", 0), ("result_ttl_s", 0.5),
         ("result_ttl_s", float("inf")), ("result_ttl_s", float("nan")), ("health_check_timeout_s", 0),
-        ("graceful_shutdown_timeout_s", -1), ("start_method", "thread"),
+        ("graceful_shutdown_timeout_s", -1), ("start_method", "thread"), ("health_check_period_s", 0), ("version", 2),
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
@@ -236,6 +236,30 @@ def test_options_build_on_what_was_set_before() -> None:
     config = DeploymentConfig().updated({"max_attempts": 1, "sync_threads": 4})
 
     assert config.updated({"sync_threads": 2}) == DeploymentConfig(max_attempts=1, sync_threads=2)
+
+
+@pytest.mark.parametrize("name", ["resources", "ray_actor_options"])
+def test_resources_go_by_rays_name_too(name: str) -> None:
+    config = DeploymentConfig().updated({name: {"num_cpus": 2, "num_gpus": 0.5}})
+
+    assert config.resources == {"num_cpus": 2, "num_gpus": 0.5}
+    assert DeploymentConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"resources": {"num_gpus": -1}}, r"resources\['num_gpus'\]=-1 must be a number"),
+        ({"resources": {"num_cpus": "many"}}, r"resources\['num_cpus'\]='many' must be a number"),
+        ({"resources": {"num_cpus": True}}, r"resources\['num_cpus'\]=True must be a number"),
+        ({"ray_actor_options": {"memory": 1}}, "has 'memory', which means nothing here; known are num_cpus, num_gpus"),
+        ({"resources": 3}, "resources=3 must be a dict"),
+        ({"resources": {}, "ray_actor_options": {}}, "are two names for one thing; drop one"),
+    ],
+)
+def test_resources_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        DeploymentConfig().updated(options)
 
 
 # replicas, fixed or scaled

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -297,6 +298,20 @@ def test_argument_without_nodes_is_passed_on_as_it_is(value: Any) -> None:
     (node,) = compile_graph(Outer.bind(value, named=value), "app")
 
     assert node.args[0] is value and node.kwargs["named"] is value
+
+
+def test_node_that_was_not_found_says_why_it_is_no_handle() -> None:
+    class Holder:
+        def __init__(self, node: Any) -> None:
+            self.node = node
+
+    (outer,) = compile_graph(Outer.bind(Holder(Leaf.bind())), "app")
+    hidden = pickle.loads(pickle.dumps(outer.args[0].node))
+
+    with pytest.raises(AttributeError, match=r"Application\('Leaf'\) is a node of a graph and no handle"):
+        hidden.remote(1)
+    with pytest.raises(AttributeError, match="no attribute 'size'"):
+        _ = hidden.size
 
 
 def test_handles_are_of_the_application() -> None:

@@ -21,7 +21,8 @@ from millstream.config import Settings, redact
 from millstream.errors import BrokerUnavailableError, MillstreamError, SignatureError
 
 if TYPE_CHECKING:
-    from millstream.broker.registry import DeploymentView, Registry
+    from millstream.broker.records import DeploymentView
+    from millstream.broker.registry import Registry
 
 OLDEST = (7, 0)  # Redis that knows what our scripts use; Valkey 9.1 calls itself 7.2.4
 PINGS = 200

@@ -24,7 +24,8 @@ from millstream.cli.options import (
 from millstream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from millstream.broker.registry import AppRecord, DeploymentView, NodeRecord, Registry
+    from millstream.broker.records import AppRecord, DeploymentView, NodeRecord
+    from millstream.broker.registry import Registry
 
 REPLICAS_SHOWN = 30  # in the table; --json lists all
 COLOURS = {"HEALTHY": "green", "DEPLOY_FAILED": "red", "RUNNING": "green"}  # others are on their way: yellow
@@ -94,7 +95,7 @@ class _Status:
                 _coloured(view.status),
                 f"{len(view.running)}/{view.target if view.has_target else '?'}",
                 *(str(n) for n in (backlog.waiting, backlog.in_flight, backlog.parked, backlog.delayed)),
-                escape(view.failure or reason_for_replicas(view)),
+                escape(view.failure or view.trouble or reason_for_replicas(view)),
             )
         return table
 

@@ -15,7 +15,8 @@ from millstream.errors import BrokerUnavailableError, ConfigError, DeploymentNot
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from millstream.broker.registry import AppRecord, DeploymentView, Registry
+    from millstream.broker.records import AppRecord, DeploymentView
+    from millstream.broker.registry import Registry
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -15,7 +15,8 @@ from millstream.autoscaler.autoscaler import Autoscaler
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.registry import DeploymentView, NewDeployment, NodeRecord, Registry
+from millstream.broker.records import DeploymentView, NewDeployment, NodeRecord, Planned
+from millstream.broker.registry import Registry
 from millstream.config import AutoscalingConfig, DeploymentConfig, Settings
 from tests.helpers import finish, seed_delayed, seed_queued, seed_running, wait_until
 
@@ -288,7 +289,7 @@ async def test_plan_follows_a_new_version(registry: Registry, autoscaler: Autosc
     version = await deploy(registry, DeploymentConfig(num_replicas=2))
     await autoscaler.step()
 
-    assert (await registry.plan("a"))[TAG] == (2, version)
+    assert (await registry.plan("a"))[TAG] == Planned(2, version, version)
 
 
 async def test_share_of_a_node_that_vanished_goes_to_the_others(registry: Registry, autoscaler: Autoscaler) -> None:

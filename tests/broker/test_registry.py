@@ -10,14 +10,8 @@ import pytest
 from millstream.broker import scripts
 from millstream.broker.connection import Control, open_control, run
 from millstream.broker.keys import DeploymentKeys, Keys
-from millstream.broker.registry import (
-    DeploymentView,
-    NewDeployment,
-    NodeRecord,
-    Registry,
-    ReplicaRecord,
-    connect_registry,
-)
+from millstream.broker.records import Current, DeploymentView, NewDeployment, NodeRecord, Planned, ReplicaRecord
+from millstream.broker.registry import Registry, connect_registry
 from millstream.broker.states import State
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError, SignatureError
@@ -118,6 +112,120 @@ async def test_deployment_that_is_no_longer_part_of_the_application_goes(redis: 
     assert await registry.view("app", "Model") is not None
 
 
+async def test_config_of_the_same_code_keeps_the_version(registry: Registry) -> None:
+    first = await registry.deploy("app", "Model", [coded("a", num_replicas=1)])
+    second = await registry.deploy("app", "Model", [coded("a", num_replicas=2)])
+    third = await registry.deploy("app", "Model", [coded("b", num_replicas=2)])
+
+    assert len({record.version for record in (first, second, third)}) == 3
+    assert await registry.of_version("app", first.version) == {}
+    assert await registry.current("app.Model") == Current(
+        third.version, third.version, coded("b", num_replicas=2).config
+    )
+    assert await registry.current("app.Other") is None
+
+
+def coded(code: str, name: str = "Model", **options: Any) -> NewDeployment:
+    return NewDeployment(name, DeploymentConfig().updated(options), b"definition", code)
+
+
+async def test_deployments_of_one_application_have_their_own_versions(registry: Registry) -> None:
+    first = await registry.deploy("app", "Model", [coded("a"), coded("x", "Other")])
+    second = await registry.deploy("app", "Model", [coded("b"), coded("x", "Other")])
+
+    assert set(await registry.of_version("app", first.version)) == {"app.Other"}
+    assert set(await registry.of_version("app", second.version)) == {"app.Model"}
+    assert await registry.of_version("other", second.version) == {}
+
+
+async def test_deployment_that_leaves_serves_on_while_replicas_of_the_former_version_may_call_it(
+    redis: Control, registry: Registry
+) -> None:
+    before = await registry.deploy("app", "Model", [coded("a"), coded("x", "Old")])
+    caller, callee = ALL.deployment("app.Model"), ALL.deployment("app.Old")
+    await add_replica(registry, caller, "r-1", version=before.version, state="DRAINING")
+    await add_replica(registry, callee, "r-2", version=before.version)
+
+    await registry.deploy("app", "Model", [coded("b")])
+    await registry.retire()
+    (ref,) = await seed_queued(redis, callee)
+    seen = (
+        [view.name for view in await registry.views()],
+        [view.name for view in await registry.views(with_leaving=True)],
+    )
+    assert (await registry.apps())["app"].all_tags == ["app.Model", "app.Old"]
+
+    await forget_replica(redis, caller, "r-1")
+    await registry.retire()
+    is_closed = not await redis.exists(callee.config)
+    is_waiting_for_its_replicas = "Old" in (await registry.apps())["app"].leaving
+    await forget_replica(redis, callee, "r-2")
+    await registry.retire()
+
+    assert seen == (["Model"], ["Model", "Old"])
+    assert is_closed and is_waiting_for_its_replicas
+    assert (await registry.apps())["app"].leaving == {}
+    assert not await redis.exists(*callee.owned)
+    assert await read_state(redis, callee, ref) is State.CANCELLED
+
+
+async def forget_replica(redis: Control, keys: DeploymentKeys, name: str) -> None:
+    await redis.hdel(keys.replicas, name)
+    await redis.delete(keys.lease(name))
+
+
+async def test_deployment_that_comes_back_before_it_has_left_stays(redis: Control, registry: Registry) -> None:
+    both = [coded("a"), coded("x", "Old")]
+    before = await registry.deploy("app", "Model", both)
+    caller = ALL.deployment("app.Model")
+    await add_replica(registry, caller, "r-1", version=before.version)
+    await registry.deploy("app", "Model", [coded("b")])
+    leaving = (await registry.apps())["app"].leaving
+
+    await registry.deploy("app", "Model", both)
+    await registry.retire()
+
+    assert leaving == {"Old": before.version}
+    assert (await registry.apps())["app"].leaving == {}
+    assert await registry.view("app", "Old") is not None
+    await forget_replica(redis, caller, "r-1")
+
+
+async def test_retiring_by_an_old_record_does_not_close_what_was_deployed_anew(
+    redis: Control, registry: Registry
+) -> None:
+    both = [coded("a"), coded("x", "Old")]
+    before = await registry.deploy("app", "Model", both)
+    await add_replica(registry, ALL.deployment("app.Model"), "r-1", version=before.version)
+    await registry.deploy("app", "Model", [coded("b")])
+    old_records = await registry.apps()
+    await registry.deploy("app", "Model", both)
+    await forget_replica(redis, ALL.deployment("app.Model"), "r-1")
+    newer = Registry(redis, registry.settings)
+    newer.apps = lambda: _give(old_records)  # type: ignore[method-assign]
+
+    await newer.retire()
+
+    assert await registry.view("app", "Old") is not None
+    assert (await registry.apps())["app"].deployments == ["Model", "Old"]
+
+
+async def _give(value: Any) -> Any:
+    return value
+
+
+async def test_deleted_application_takes_along_what_is_leaving_it(redis: Control, registry: Registry) -> None:
+    before = await registry.deploy("app", "Model", [coded("a"), coded("x", "Old")])
+    caller = ALL.deployment("app.Model")
+    await add_replica(registry, caller, "r-1", version=before.version)
+    await registry.deploy("app", "Model", [coded("b")])
+    await redis.delete(caller.lease("r-1"))
+
+    await registry.delete("app")
+
+    assert {name.decode() async for name in redis.scan_iter()} == {ALL.changes}
+
+
 async def test_deleted_application_leaves_its_results_and_nothing_else(
     redis: Control, keys: DeploymentKeys, registry: Registry
 ) -> None:
@@ -199,7 +307,7 @@ async def test_every_change_wakes_the_autoscaler(redis: Control, registry: Regis
 async def register_node(registry: Registry, name: str, started_ms: int, *, is_alive: bool) -> None:
     record = NodeRecord(name, "host", 1, started_ms)
     await registry.client.hset(ALL.nodes, name, json.dumps(asdict(record)))
-    await registry.assign(name, "app.Model", 2, "v1")
+    await registry.assign(name, "app.Model", Planned(2, "v1"))
     if is_alive:
         await run(registry.client, scripts.renew([ALL.node_lease(name)], 60, name))
 
@@ -221,14 +329,76 @@ async def test_node_without_lease_is_not_listed_and_forgotten_after_a_minute(
 
 async def test_plan_says_what_was_assigned_and_not_unassigned(registry: Registry) -> None:
     await register_node(registry, "n-1", 0, is_alive=True)
-    await registry.assign("n-1", "app.Other", 3, "v2")
-    await registry.assign("n-1", "app.Model", 1, "v1")
+    await registry.assign("n-1", "app.Other", Planned(3, "v2"))
+    await registry.assign("n-1", "app.Model", Planned(1, "v1"))
     await registry.unassign("n-1", "app.Other")
 
-    assert await registry.plan("n-1") == {"app.Model": (1, "v1")}
+    assert await registry.plan("n-1") == {"app.Model": Planned(1, "v1")}
+
+
+# what was refused
+
+
+async def test_refused_config_is_taken_back_and_the_view_says_why(registry: Registry) -> None:
+    first = await registry.deploy("app", "Model", [coded("a", num_replicas=1)])
+    works_by = await registry.current("app.Model")
+    assert works_by is not None
+    second = await registry.deploy("app", "Model", [coded("a", num_replicas=2)])
+
+    answer = await registry.withdraw("app.Model", second.version, works_by, "it raised", "Traceback ...")
+
+    seen = await view(registry)
+    assert answer is scripts.Withdrawn.WITHDRAWN
+    assert await registry.current("app.Model") == works_by
+    assert (seen.version, seen.revision, seen.failure) == (first.version, first.version, "")
+    assert (seen.refused, seen.refusal, seen.refusal_traceback) == (second.version, "it raised", "Traceback ...")
+    assert seen.trouble == "the last deploy was taken back: it raised"
+
+
+async def test_last_death_is_kept_until_the_next_deploy(registry: Registry) -> None:
+    await registry.deploy("app", "Model", [coded("a")])
+    await run(registry.client, scripts.decide(registry.keys_of("app.Model"), 1, 1, "", {}))
+
+    await registry.note_death("app.Model", "r-1", "killed by signal 9")
+    dead = await view(registry)
+    await registry.deploy("app", "Model", [coded("a")])
+
+    assert dead.last_death is not None
+    assert (dead.last_death["replica"], dead.last_death["cause"]) == ("r-1", "killed by signal 9")
+    assert dead.trouble == "replica r-1 has ended: killed by signal 9"
+    assert (await view(registry)).last_death is None
 
 
 # the view
+
+
+@pytest.mark.parametrize(
+    ("target", "replicas", "expected"),
+    [
+        (None, [], False),
+        (0, [], True),
+        (1, [], False),
+        (2, [("new", "now", "RUNNING")], True),
+        (1, [("new", "before", "RUNNING")], False),
+        (2, [("new", "now", "RUNNING"), ("new", "before", "RUNNING")], False),
+        (1, [("new", "now", "RUNNING"), ("old", "before", "RUNNING")], True),
+        (1, [("new", "now", "RUNNING"), ("new", "before", "DRAINING")], True),
+        (1, [("old", "before", "RUNNING")], False),
+    ],
+)
+def test_deployment_is_up_when_all_that_run_its_version_go_by_its_config(
+    target: int | None, replicas: list[tuple[str, str, str]], expected: bool
+) -> None:
+    records = [
+        ReplicaRecord(f"r-{n}", "node", 1, version, state, 0, revision=revision)
+        for n, (version, revision, state) in enumerate(replicas)
+    ]
+    seen = DeploymentView(
+        "app", "Model", "new", DeploymentConfig(), target is not None, target or 0, "", "", "", None, records,
+        scripts.Backlog(), revision="now",
+    )  # fmt: skip
+
+    assert seen.is_up is expected
 
 
 async def test_nothing_is_seen_where_nothing_is_deployed(registry: Registry) -> None:

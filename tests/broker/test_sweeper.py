@@ -8,7 +8,7 @@ import pytest
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
-from millstream.broker.registry import ReplicaRecord
+from millstream.broker.records import ReplicaRecord
 from millstream.broker.scripts import renew
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier

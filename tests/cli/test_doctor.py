@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.registry import DeploymentView, ReplicaRecord
+from millstream.broker.records import DeploymentView, ReplicaRecord
 from millstream.broker.scripts import Backlog
 from millstream.cli.doctor import Verdict, eviction, flavour, memory, persistence, replicas, size
 from millstream.config import DeploymentConfig, Settings

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from millstream.broker.registry import AppRecord, DeploymentView, NodeRecord, ReplicaRecord
+from millstream.broker.records import AppRecord, DeploymentView, NodeRecord, ReplicaRecord
 from millstream.broker.scripts import Backlog
 from millstream.config import DeploymentConfig
 from millstream.dashboard.reading import Look

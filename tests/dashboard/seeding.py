@@ -7,7 +7,8 @@ from dataclasses import asdict
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import Keys
-from millstream.broker.registry import NewDeployment, NodeRecord, Registry, ReplicaRecord
+from millstream.broker.records import NewDeployment, NodeRecord, ReplicaRecord
+from millstream.broker.registry import Registry
 from millstream.config import AutoscalingConfig, DeploymentConfig, Settings
 from tests.helpers import claim, seed_delayed, seed_parked, seed_queued
 

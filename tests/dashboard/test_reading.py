@@ -5,7 +5,8 @@ import time
 import pytest
 
 from millstream.broker.connection import DOWN, Control, open_control
-from millstream.broker.registry import NewDeployment, Registry
+from millstream.broker.records import NewDeployment
+from millstream.broker.registry import Registry
 from millstream.config import DeploymentConfig, Settings
 from millstream.dashboard.rates import Rates
 from millstream.dashboard.reading import look

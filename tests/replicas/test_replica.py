@@ -248,6 +248,19 @@ async def test_replica_makes_the_groups_anew_when_the_streams_were_deleted(stage
     assert await asyncio.wait_for(stage.handle.call(2), 5) == 2
 
 
+async def test_full_server_lets_replicas_come_up_reconnect_and_leave(stage: Stage, redis: Control) -> None:
+    first = await stage.start(Model)
+    await redis.config_set("maxmemory", 1)
+    try:
+        second = await stage.start(Model)
+        await cut(redis, f"ms:reads:{first.name}", f"ms:writes:{first.name}")
+        await wait_until(lambda: sum("ready" in message for message in first.heard) == 2)
+
+        assert (await first.drain(), await second.drain()) == (0, 0)
+    finally:
+        await redis.config_set("maxmemory", 0)
+
+
 # draining
 
 

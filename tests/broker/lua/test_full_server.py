@@ -8,9 +8,11 @@ from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.link import dial
+from millstream.broker.records import NewDeployment
+from millstream.broker.registry import Registry
 from millstream.broker.scripts import Supplied
 from millstream.broker.states import State
-from millstream.config import Settings
+from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BackPressureError
 from tests.helpers import (
     BODY,
@@ -72,6 +74,46 @@ async def test_hold_is_refused_and_says_so(redis: Control, keys: DeploymentKeys,
         await run(redis, scripts.hold(keys, CALLER, ref.encode(), "normal", b"m", BODY, depends_on=[A]))
 
     assert await read_state(redis, keys, ref) is None
+
+
+async def test_deploy_is_refused_and_changes_nothing(
+    redis: Control, settings: Settings, keys: DeploymentKeys, fill: Fill
+) -> None:
+    registry = Registry(redis, settings)
+    await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(num_replicas=1), b"", "code")])
+    before = await registry.current("app.Model")
+    await fill()
+
+    with pytest.raises(BackPressureError, match="raise its maxmemory"):
+        await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(num_replicas=2), b"", "code")])
+
+    assert await registry.current("app.Model") == before
+
+
+async def test_config_is_taken_back_and_causes_are_noted_and_what_left_is_removed(
+    redis: Control, settings: Settings, keys: DeploymentKeys, fill: Fill
+) -> None:
+    registry = Registry(redis, settings)
+    both = [NewDeployment(name, DeploymentConfig(), b"", "code") for name in ("Model", "Other")]
+    await registry.deploy("app", "Model", both)
+    first = await registry.current("app.Model")
+    second = await registry.deploy("app", "Model", both)
+    assert first is not None
+    await registry.client.hset(keys.replicas, "r-1", '{"version": "former"}')
+    await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(), b"", "code")])
+    third = await registry.current("app.Model")
+    assert third is not None and third.revision != second.version
+    await redis.hdel(keys.replicas, "r-1")
+    await fill()
+
+    assert await registry.withdraw("app.Model", third.revision, first, "why", "") is scripts.Withdrawn.WITHDRAWN
+    await registry.note_death("app.Model", "r-1", "killed")
+    await registry.retire()
+
+    assert (await registry.apps())["app"].leaving == {}
+    assert await registry.current("app.Other") is None
+    view = await registry.view("app", "Model")
+    assert view is not None and view.last_death is not None and view.revision == first.revision
 
 
 async def test_queued_requests_are_claimed_and_finished(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
