@@ -114,7 +114,9 @@ class DeploymentView:
 
     @property
     def is_up(self) -> bool:
-        """Does it serve its present version by its present config, as far as it should serve at all?"""
+        """Does it serve its present version by its present config, and no former one, as far as it should serve at all?"""
+        if any(r.version != self.version and r.state != "DRAINING" for r in self.replicas):
+            return False
         if not self.has_target or self.target == 0:
             return self.has_target
         return bool(self.running) and all(r.revision == self.revision for r in self.running)

@@ -42,6 +42,7 @@ from millstream.replicas.streaming import Emitters
 from millstream.replicas.updating import Updater
 
 HOUSEKEEPING_S = 1.0
+NUDGE_S = 0.05
 log = logging.getLogger("millstream.replica")
 
 
@@ -297,7 +298,7 @@ class Replica:
                 intake.is_draining = True
                 executor.slot_freed.set()
                 with contextlib.suppress(BrokerUnavailableError):  # what runs here may still end after the outage
-                    await self._stop_reading()
+                    await self._stop_reading(serving)
                 await asyncio.wait([serving])
                 with contextlib.suppress(BrokerUnavailableError):
                     await self._hand_back(executor)
@@ -321,9 +322,12 @@ class Replica:
                     left,
                 )
 
-    async def _stop_reading(self) -> None:
+    async def _stop_reading(self, serving: asyncio.Task[None]) -> None:
+        """End the claim loop, then say so: who has deployed goes by it that no request reaches this version any more."""
+        while not serving.done():
+            await self._wake_read()  # again and again: it may come a moment before the read blocks
+            await asyncio.wait([serving], timeout=NUDGE_S)
         await self._register("DRAINING")
-        await self._wake_read()
 
     async def _wake_read(self) -> None:
         if self._reads is not None:
