@@ -232,21 +232,6 @@ async def test_arguments_that_are_not_five_per_request_are_refused_and_write_not
     assert await read_everything(redis) == before
 
 
-async def test_as_many_requests_as_one_call_takes_are_taken_and_one_more_is_refused(
-    redis: Control, keys: DeploymentKeys
-) -> None:
-    await deploy_config(redis, keys)
-    many = [part for _ in range(3900) for part in request(new_ref(), body=b"")]
-
-    with pytest.raises(ResponseError, match="3900 requests at most"):
-        await run(redis, scripts.submit(keys, CALLER, (*many, *request(new_ref()))))
-    refused = await redis.exists(keys.open)
-    answers = await run(redis, scripts.submit(keys, CALLER, many))
-
-    assert (refused, answers) == (0, {})
-    assert await redis.xlen(keys.lane("normal")) == await redis.hlen(keys.open) == 3900
-
-
 @pytest.mark.parametrize(("delay_ms", "due_ms"), [("soon", 0), ("nan", 0), (0, "inf"), (0, ""), (1e300, 0)])
 async def test_times_that_are_no_numbers_are_refused_and_write_nothing(
     redis: Control, keys: DeploymentKeys, delay_ms: Any, due_ms: Any
