@@ -59,7 +59,8 @@ async def deploy_config(
 ) -> None:
     """What scripts need of a deployment: its config (`more`: max_queued, timeout_ms) and the groups on its lanes."""
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hset(keys.config, mapping={"max_attempts": max_attempts, "result_ttl_s": result_ttl_s, **more})
+        fields: Any = {"max_attempts": max_attempts, "result_ttl_s": result_ttl_s, **more}
+        pipe.hset(keys.config, mapping=fields)
         for lane in keys.lanes:
             pipe.xgroup_create(lane, GROUP, id="0", mkstream=True)
         await pipe.execute()
@@ -164,9 +165,7 @@ async def seed_delayed(
 ) -> str:
     """A request that is due later; its ref."""
     ref = new_ref()
-    call = scripts.hold(
-        keys, caller, ref.encode(), lane, b"__call__", BODY, extras=extras.encode(), delay_ms=delay_ms
-    )
+    call = scripts.hold(keys, caller, ref.encode(), lane, b"__call__", BODY, extras=extras.encode(), delay_ms=delay_ms)
     assert await run(client, call) == scripts.Submitted.NEW
     return ref
 

@@ -1,5 +1,7 @@
 """Large values that open requests will read: noted by supply.lua, renewed by sweep.lua and keep.lua, forgotten at the end."""
 
+from typing import Any
+
 import pytest
 
 from millstream.broker import scripts
@@ -33,8 +35,7 @@ async def supply(redis: Control, keys: DeploymentKeys, ref: str, value_id: str, 
 
 async def holds(redis: Control, keys: DeploymentKeys, ref: str) -> tuple[int, list[str]]:
     """When they were renewed, and which."""
-    noted = await redis.hget(keys.holds, ref)
-    assert noted is not None
+    noted: Any = await redis.hget(keys.holds, ref)
     renewed_ms, *names = noted.decode().split()
     return int(renewed_ms), names
 
