@@ -10,6 +10,7 @@ local config = redis.call('HMGET', KEYS[1], 'max_attempts', 'max_queued', 'timeo
 if not config[1] then return redis.error_reply('NODEPLOYMENT this deployment does not exist') end
 local notes, deadlines, payloads, default_timeout_ms = KEYS[5], KEYS[6], KEYS[7], tonumber(config[3] or nil)
 --include extras
+--include pending
 if (#ARGV - 1) % 5 ~= 0 or #ARGV > MOST * 5 + 1 then
   return redis.error_reply('BADREQUEST five arguments per request, and 3900 requests at most')
 end
@@ -31,8 +32,7 @@ local room = math.huge
 if config[2] then
   room = tonumber(config[2])
   for _, lane in ipairs({ 'high', 'normal', 'low' }) do
-    local pending = redis.pcall('XPENDING', KEYS[4] .. lane, 'replicas')
-    room = room - redis.call('XLEN', KEYS[4] .. lane) + (pending.err and 0 or pending[1])
+    room = room - redis.call('XLEN', KEYS[4] .. lane) + pending_in(KEYS[4] .. lane)
   end
 end
 
