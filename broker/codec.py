@@ -42,7 +42,7 @@ class Codec:
             for kind in ("request", "value", "error", "definition", "check", "item", "key")
         }
 
-    def _sign(self, kind: Kind, method: bytes, ref: bytes, form: bytes, body: bytes) -> bytes:
+    def _sign(self, kind: Kind, method: bytes, ref: bytes, form: bytes, body: bytes | memoryview) -> bytes:
         seed = self._seeds[kind].copy()
         seed.update(b"%b%c%b%c%b" % (form, len(method), method, len(ref), ref))
         seed.update(body)
@@ -81,26 +81,34 @@ class Codec:
 
     def open(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> Any:
         """Verify and decode. Raises SignatureError, and then has not looked at the body."""
-        if envelope[:2] == b"\x01p" and len(method) < 256 > len(ref):  # `verify` written out: twice per request
+        # `verify` written out: twice per request
+        if envelope[:2] == b"\x01p" and len(method) < 256 > len(ref) and len(envelope) <= pickling.LARGE_BYTES:
             body = envelope[HEADER_BYTES:]
             seed = self._seeds[kind].copy()
             seed.update(b"p%c%b%c%b" % (len(method), method, len(ref), ref))
             seed.update(body)
             if seed.digest() == envelope[2:HEADER_BYTES]:
                 return pickling.load(body)
-        form, body = self.verify(kind, ref, envelope, method)
-        return _load_with_buffers(body) if form == b"b" else json.loads(body)
+        form, view = self._verify(kind, ref, envelope, method)
+        if form == b"b":
+            return _load_with_buffers(view)
+        return pickling.load(view) if form == b"p" else json.loads(bytes(view))
 
     def verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> tuple[bytes, bytes]:
         """(form, body) of an envelope that is what it claims to be. Raises SignatureError."""
-        form, body = envelope[1:2], envelope[HEADER_BYTES:]
+        form, view = self._verify(kind, ref, envelope, method)
+        return form, bytes(view)
+
+    def _verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes) -> tuple[bytes, memoryview]:
+        """A body may be half a gigabyte: it is not copied."""
+        form, view = envelope[1:2], memoryview(envelope)[HEADER_BYTES:]
         if len(method) > 255 or len(ref) > 255:
             raise self._refusal(kind, ref, "names a method or ref longer than 255 bytes")
         if envelope[:1] != b"\x01" or form not in (b"p", b"b", b"j"):
             raise self._refusal(kind, ref, "is not an envelope of version 1")
-        if self._sign(kind, method, ref, form, body) != envelope[2:HEADER_BYTES]:
+        if self._sign(kind, method, ref, form, view) != envelope[2:HEADER_BYTES]:
             raise self._refusal(kind, ref, "does not bear this installation's signature")
-        return form, body
+        return form, view
 
     def _refusal(self, kind: str, ref: bytes, why: str) -> SignatureError:
         ref_id = f"{self.tag}~{ref.decode(errors='replace')}"
@@ -111,15 +119,15 @@ class Codec:
         )
 
 
-def _load_with_buffers(body: bytes) -> Any:
+def _load_with_buffers(body: memoryview) -> Any:
     """Unpickle a body whose large buffers lie beside the pickle. They are copied once, so that arrays can be written to."""
     (count,) = struct.unpack_from("<I", body)
     sizes = struct.unpack_from(f"<{count}Q", body, 4)
-    view = memoryview(body)[4 + 8 * count :]
-    start = len(view) - sum(sizes)
-    buffers, data = [], view[:start]
+    rest = body[4 + 8 * count :]
+    start = len(rest) - sum(sizes)
+    buffers, data = [], rest[:start]
     for size in sizes:
-        buffers.append(bytearray(view[start : start + size]))
+        buffers.append(bytearray(rest[start : start + size]))
         start += size
     return pickling.load(data, buffers=buffers)
 

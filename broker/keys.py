@@ -169,7 +169,8 @@ class DeploymentKeys:
         return f"{self.prefix}value:"
 
     def items(self, ref: str) -> str:
-        """stream with TTL: what a streaming request has produced and its reader not read yet. Entry n-1 is item n."""
+        """stream with TTL: what a streaming request has produced and its reader not read yet. Item n (from 0) is entry
+        <n + 1>-1."""
         return f"{self.prefix}items:{ref}"
 
     def result(self, ref: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys, split_ref
+from millstream.broker.outcomes import large_part
 from millstream.broker.registry import Registry
 from millstream.broker.states import State
 
@@ -37,7 +38,7 @@ async def view_request(registry: Registry, ref_id: str) -> RequestView | None:
     keys = registry.keys_of(tag)
     for _ in range(LOOKS):
         place, header, size, ttl_ms = await _where(registry, keys, ref)
-        if size:
+        if header:
             return await _ended(registry, keys, ref_id, header, size, ttl_ms)
         if place is None:
             return None
@@ -77,7 +78,9 @@ async def _where(registry: Registry, keys: DeploymentKeys, ref: str) -> tuple[st
         pipe.strlen(keys.result(ref))
         pipe.pttl(keys.result(ref))
         place, start, size, ttl_ms = await pipe.execute()
-    return (place.decode() if place else None), start.partition(b"\n")[0].decode(errors="replace"), size, ttl_ms
+    header, _, body = start.partition(b"\n")
+    size = size - len(header) - 1 if large_part(start) is None else int(body[1:])
+    return (place.decode() if place else None), header.decode(errors="replace"), size, ttl_ms
 
 
 async def _ended(
@@ -96,7 +99,7 @@ async def _ended(
         entry=entry if lane in LANES else "",
         attempt=history[-1]["attempt"] if history else None,
         history=history,
-        size_bytes=size - len(header) - 1,
+        size_bytes=size,
         expires_in_s=ttl_ms / 1000 if ttl_ms >= 0 else None,
     )
 

@@ -37,7 +37,8 @@ def is_item(stored: bytes) -> bool:
 def large_part(stored: bytes) -> str | None:
     """Where the value lies in a key of its own: the last part of that key's name (`DeploymentKeys.value`)."""
     header, _, body = stored.partition(b"\n")
-    return header.rpartition(b" ")[2].decode() if body[:1] == b"@" else None
+    has_value = header[:9] == b"succeeded" or header[:5] == b"item "  # the rest is text, and may begin with anything
+    return header.rpartition(b" ")[2].decode() if has_value and body[:1] == b"@" else None
 
 
 def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | None = None) -> Any:

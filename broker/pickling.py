@@ -18,7 +18,9 @@ from millstream.errors import ConfigError, PayloadTooLargeError, SerializationEr
 PROTOCOL = 5
 MOST_STEPS = 100  # into what cannot be pickled, in search of the part that is in the way
 LARGE_BYTES = 64 * 1024  # larger ones travel in keys of their own, and large buffers beside their pickle
-MOST_BYTES = 512 * 1024 * 1024  # the server's own limit for one string (proto-max-bulk-len), by default
+# Below the server's own limit for one string (proto-max-bulk-len, 512 * 1024 * 1024) by as much as an envelope needs:
+# beyond that the server does not refuse a value, it hangs up.
+MOST_BYTES = 512_000_000
 
 _plain_dumps = pickle.dumps
 load = pickle.loads
@@ -56,10 +58,8 @@ def dump_parts(value: Any, what: str, replace: Callable[[Any], Any] | None = Non
         data = _plain_dumps(value, PROTOCOL, buffer_callback=_refuse_large)
         if b"__main__" in data:
             data = _dump_by_value(value, replace)
-    except _LargeBuffer:
+    except Exception:  # a _LargeBuffer, too
         data = _dump_or_explain(value, what, replace, buffers)
-    except Exception:
-        data = _dump_or_explain(value, what, replace)
     if not buffers and len(data) <= LARGE_BYTES:
         return data
     pickled = Pickled(data, buffers)
@@ -107,7 +107,7 @@ def limit_bytes() -> int:
     text = os.environ.get("MILLSTREAM_PAYLOAD_LIMIT", "")
     if not text:
         return MOST_BYTES
-    if not text.isdigit() or int(text) < LARGE_BYTES:
+    if not text.isdecimal() or int(text) < LARGE_BYTES:
         raise ConfigError(f"MILLSTREAM_PAYLOAD_LIMIT={text!r} must be a number of bytes, {LARGE_BYTES:,} or more")
     return int(text)
 

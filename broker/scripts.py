@@ -270,7 +270,10 @@ def emit(
     keys: DeploymentKeys, ref: str, place: str, client: bytes, ttl_s: int, first: int, envelopes: Sequence[bytes]
 ) -> Call[tuple[bool, int]]:
     """Add items `first`, `first` + 1, ... to a stream. Answers whether its request still runs at `place`, and, where no
-    envelopes are given, how many items its reader has read."""
+    envelopes are given, how many items its reader has read (0 otherwise).
+
+    What is not read yet lives for `ttl_s` from the last call, a minute at least: ask while nothing is emitted.
+    """
     return Call(
         script("emit"),
         (keys.open, keys.items(ref), keys.reply_prefix),

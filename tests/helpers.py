@@ -1,9 +1,10 @@
 """Seeding, reading and waiting, in the words of the project."""
 
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,30 +55,42 @@ def new_ref() -> str:
 
 
 async def deploy_config(
-    client: Control, keys: DeploymentKeys, *, max_attempts: int = 3, result_ttl_s: float = 60
+    client: Control, keys: DeploymentKeys, *, max_attempts: int = 3, result_ttl_s: float = 60, **more: int
 ) -> None:
-    """What scripts need of a deployment: its config and the groups on its lanes."""
+    """What scripts need of a deployment: its config (`more`: max_queued, timeout_ms) and the groups on its lanes."""
     async with client.pipeline(transaction=False) as pipe:
-        pipe.hset(keys.config, mapping={"max_attempts": max_attempts, "result_ttl_s": result_ttl_s})
+        fields: Any = {"max_attempts": max_attempts, "result_ttl_s": result_ttl_s, **more}
+        pipe.hset(keys.config, mapping=fields)
         for lane in keys.lanes:
             pipe.xgroup_create(lane, GROUP, id="0", mkstream=True)
         await pipe.execute()
 
 
 def request(
-    ref: str, *, lane: str = "normal", method: bytes = b"__call__", want: str = "", body: bytes = BODY
+    ref: str, *, lane: str = "normal", method: bytes = b"__call__", extras: str = "", body: bytes = BODY
 ) -> tuple[bytes, str, bytes, str, bytes]:
     """One request as `scripts.submit` takes it; a batch is the sum of such tuples."""
-    return ref.encode(), lane, method, want, body
+    return ref.encode(), lane, method, extras, body
+
+
+def asking(**extras: Any) -> str:
+    """What a caller asks of a request beyond the usual: want, timeout_ms, attempts, kill, stream, payload."""
+    return json.dumps(extras)
 
 
 async def seed_queued(
-    client: Control, keys: DeploymentKeys, count: int = 1, *, lane: str = "normal", caller: str = CALLER
+    client: Control,
+    keys: DeploymentKeys,
+    count: int = 1,
+    *,
+    lane: str = "normal",
+    caller: str = CALLER,
+    extras: str = "",
 ) -> list[str]:
     """Submit `count` requests to one lane; their refs, in order."""
     refs = [new_ref() for _ in range(count)]
     for start in range(0, count, 100):
-        batch = [part for ref in refs[start : start + 100] for part in request(ref, lane=lane)]
+        batch = [part for ref in refs[start : start + 100] for part in request(ref, lane=lane, extras=extras)]
         assert await run(client, scripts.submit(keys, caller, batch)) == {}
     return refs
 
@@ -106,9 +119,10 @@ async def seed_running(
     lane: str = "normal",
     replica: str = REPLICA,
     caller: str = CALLER,
+    extras: str = "",
 ) -> list[Claimed]:
     """As `seed_queued`, and `replica` takes them all. Expects empty lanes."""
-    refs = await seed_queued(client, keys, count, lane=lane, caller=caller)
+    refs = await seed_queued(client, keys, count, lane=lane, caller=caller, extras=extras)
     claimed = await claim(client, keys, count, replica=replica)
     assert [one.ref for one in claimed] == refs
     return claimed
@@ -121,6 +135,7 @@ async def seed_parked(
     lane: str = "normal",
     delay_ms: int = 0,
     caller: str = CALLER,
+    extras: str = "",
 ) -> str:
     """A request that waits for `depends_on` (ref ids); its ref."""
     ref = new_ref()
@@ -131,6 +146,7 @@ async def seed_parked(
         lane,
         b"__call__",
         BODY,
+        extras=extras.encode(),
         delay_ms=delay_ms,
         depends_on=depends_on or ["up.Up~" + ref],
     )
@@ -139,11 +155,17 @@ async def seed_parked(
 
 
 async def seed_delayed(
-    client: Control, keys: DeploymentKeys, delay_ms: int = 3_600_000, *, lane: str = "normal", caller: str = CALLER
+    client: Control,
+    keys: DeploymentKeys,
+    delay_ms: int = 3_600_000,
+    *,
+    lane: str = "normal",
+    caller: str = CALLER,
+    extras: str = "",
 ) -> str:
     """A request that is due later; its ref."""
     ref = new_ref()
-    call = scripts.hold(keys, caller, ref.encode(), lane, b"__call__", BODY, delay_ms=delay_ms)
+    call = scripts.hold(keys, caller, ref.encode(), lane, b"__call__", BODY, extras=extras.encode(), delay_ms=delay_ms)
     assert await run(client, call) == scripts.Submitted.NEW
     return ref
 
@@ -155,6 +177,23 @@ async def finish(
     """Finish attempts of one lane, all alike; what the script answers."""
     outcomes = [part for one in attempts for part in (one.entry, one.ref.encode(), caller, state, value)]
     return await run(client, scripts.finish(keys, attempts[0].lane, ttl_s, outcomes))
+
+
+async def cancel(client: Control, keys: DeploymentKeys, *refs: str, overdue: bool = False) -> list[scripts.Ended]:
+    """Cancel requests, or have those past their deadline time out; what the script answers to each."""
+    answers, _ = await run(client, scripts.cancel(keys, 60, "why not", refs, overdue=overdue))
+    return [answer for answer, _ in answers]
+
+
+async def age(client: Control, key: str, *refs: str) -> None:
+    """Let the time of these refs in a sorted set (due, parked, deadlines) have come."""
+    await client.zadd(key, dict.fromkeys(refs, 1), xx=True)
+
+
+async def now_ms(client: Control) -> int:
+    """The server's clock."""
+    seconds, micros = await client.time()
+    return int(seconds) * 1000 + int(micros) // 1000
 
 
 async def read_result(client: Control, keys: DeploymentKeys, ref: str) -> tuple[str, bytes] | None:
@@ -230,7 +269,7 @@ async def _in_one_go(client: Control, queue: Callable[[Any], Any]) -> list[Any]:
 
 
 class Inbox:
-    """What one caller is told on its reply channel. Open it with `open_inbox`."""
+    """What one caller or replica is told on its channel. Open it with `open_inbox` or `open_orders`."""
 
     def __init__(self, client: Any, subscription: Any, channel: str) -> None:
         self._client, self._subscription, self._channel = client, subscription, channel
@@ -238,7 +277,7 @@ class Inbox:
     async def take(self) -> dict[str, bytes]:
         """The next message: ref -> what is stored, as hiredis reads it."""
         reader = hiredis.Reader()
-        reader.feed(await self._take_raw())
+        reader.feed(await self.take_raw())
         flat = reader.gets()
         assert isinstance(flat, list) and not reader.has_data()
         return {ref.decode(): stored for ref, stored in zip(flat[::2], flat[1::2], strict=True)}
@@ -246,18 +285,26 @@ class Inbox:
     async def is_empty(self) -> bool:
         """True if no message has come. Asked by sending one: whatever came before would be read first."""
         await self._client.execute_command("SPUBLISH", self._channel, b"nothing before this")
-        return await self._take_raw() == b"nothing before this"
+        return await self.take_raw() == b"nothing before this"
 
-    async def _take_raw(self) -> bytes:
+    async def take_raw(self) -> bytes:
+        """The next message as it was sent."""
         message = await self._subscription.get_message(timeout=2.0)
         assert message is not None, f"nothing came on {self._channel}"
         data: bytes = message["data"]
         return data
 
 
+def open_inbox(client: Control, keys: DeploymentKeys, caller: str = CALLER) -> AbstractAsyncContextManager[Inbox]:
+    return _open(client, keys.reply(caller))
+
+
+def open_orders(client: Control, keys: DeploymentKeys, replica: str = REPLICA) -> AbstractAsyncContextManager[Inbox]:
+    return _open(client, keys.orders(replica))
+
+
 @asynccontextmanager
-async def open_inbox(client: Control, keys: DeploymentKeys, caller: str = CALLER) -> AsyncIterator[Inbox]:
-    channel = keys.reply(caller)
+async def _open(client: Control, channel: str) -> AsyncIterator[Inbox]:
     async with client.pubsub() as subscription:
         await subscription.ssubscribe(channel)
         assert await subscription.get_message(timeout=2.0)  # that it is subscribed

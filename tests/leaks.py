@@ -25,6 +25,8 @@ class Requests:
     held: frozenset[str] = frozenset()
     ended: frozenset[str] = frozenset()
     noted: frozenset[str] = frozenset()
+    timed: frozenset[str] = frozenset()  # with a deadline
+    holding: frozenset[str] = frozenset()  # large values of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def _owned_by_deployments(snapshot: Snapshot) -> set[str]:
     owned: set[str] = set()
     for keys, requests in snapshot.requests.items():
         if keys.config in snapshot.ttls_ms:
-            owned |= {*keys.owned, *(keys.held(ref) for ref in requests.open)}
+            owned |= {*keys.owned, *(key(ref) for ref in requests.open for key in (keys.held, keys.payload))}
     return owned
 
 
@@ -77,7 +79,7 @@ def _contradictions(requests: Requests) -> list[str]:
     for place, ref in requests.entries.items():
         if requests.open.get(ref) != place:
             found.append(f"entry {place!r} is of request {ref}, which is open at {requests.open.get(ref)!r}")
-    for name in ("parked", "delayed", "held", "noted"):
+    for name in ("parked", "delayed", "held", "noted", "timed", "holding"):
         found += [
             f"request {ref} is in {name!r} and not open" for ref in getattr(requests, name) - requests.open.keys()
         ]
@@ -138,4 +140,6 @@ def _read_requests(client: Any, keys: DeploymentKeys, names: list[str]) -> Reque
         held=tails(keys.held_prefix),
         ended=tails(keys.result_prefix),
         noted=frozenset(name.decode().rpartition(":")[0] for name in client.hkeys(keys.notes)),
+        timed=members(keys.deadlines),
+        holding=frozenset(ref.decode() for ref in client.hkeys(keys.holds)),
     )

@@ -192,6 +192,7 @@ def test_strict_can_be_switched_off_in_the_environment(monkeypatch: pytest.Monke
         {"num_replicas": 0},
         {"autoscaling_config": {"min_replicas": 0, "max_replicas": 10, "downscale_to_zero_delay_s": 5.0}},
         {"max_ongoing_requests": 7, "user_config": {"threshold": [1, 2]}, "start_method": "spawn", "result_ttl_s": 2.5},
+        {"max_queued_requests": 7, "request_timeout_s": 2.5},
     ],
 )
 def test_config_survives_json_and_pickle(options: dict[str, Any]) -> None:
@@ -209,6 +210,9 @@ def test_config_survives_json_and_pickle(options: dict[str, Any]) -> None:
         ("max_ongoing_requests", 0), ("sync_threads", 0), ("max_attempts", 0), ("result_ttl_s", 0.5),
         ("result_ttl_s", float("inf")), ("result_ttl_s", float("nan")), ("health_check_timeout_s", 0),
         ("graceful_shutdown_timeout_s", -1), ("start_method", "thread"), ("health_check_period_s", 0), ("version", 2),
+        ("max_queued_requests", 0), ("max_queued_requests", -2), ("max_queued_requests", 1.5),
+        ("max_queued_requests", True), ("request_timeout_s", 0), ("request_timeout_s", -1),
+        ("request_timeout_s", 0.0001), ("request_timeout_s", float("inf")), ("request_timeout_s", "soon"),
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
@@ -230,6 +234,27 @@ def test_options_without_meaning_here_are_accepted_and_change_nothing(name: str)
 
 def test_former_name_of_max_ongoing_requests_still_works() -> None:
     assert DeploymentConfig().updated({"max_concurrent_queries": 5}).max_ongoing_requests == 5
+
+
+@pytest.mark.parametrize("value", [-1, None])
+def test_queue_without_a_limit_is_named_in_rays_way_and_in_ours(value: int | None) -> None:
+    limited = DeploymentConfig().updated({"max_queued_requests": 5})
+
+    assert limited.updated({"max_queued_requests": value}).max_queued_requests is None
+
+
+def test_deployment_has_neither_limit_nor_timeout_unless_told() -> None:
+    config = DeploymentConfig()
+
+    assert (config.max_queued_requests, config.request_timeout_s) == (None, None)
+
+
+def test_config_that_an_older_version_stored_is_read() -> None:
+    """Handles and replicas of two versions share a server while one replaces the other."""
+    stored = json.loads(DeploymentConfig().to_json())
+    del stored["max_queued_requests"], stored["request_timeout_s"]
+
+    assert DeploymentConfig.from_json(json.dumps(stored)) == DeploymentConfig()
 
 
 def test_options_build_on_what_was_set_before() -> None:

@@ -57,6 +57,17 @@ def test_held_key_is_no_leak_while_its_request_is_open() -> None:
     assert find_leaks(snapshot(MODEL.config, held)) == [held]
 
 
+def test_large_arguments_are_no_leak_while_their_request_is_open() -> None:
+    payload = MODEL.payload(REF)
+    assert find_leaks(snapshot(MODEL.config, payload, requests=Requests(open={REF: "normal 1-1"}))) == []
+    assert find_leaks(snapshot(MODEL.config, payload)) == [payload]
+
+
+@pytest.mark.parametrize("key", [MODEL.value(REF, "1-1"), MODEL.items(REF)])
+def test_large_value_and_items_without_ttl_are_leaks_even_of_an_open_request(key: str) -> None:
+    assert find_leaks(snapshot(MODEL.config, key, requests=Requests(open={REF: "normal 1-1"}))) == [key]
+
+
 def test_plan_of_a_node_is_no_leak_while_the_node_is_listed() -> None:
     plan = KEYS.node_plan("n-1")
     assert find_leaks(snapshot(plan, nodes=("n-1",))) == []
@@ -70,6 +81,7 @@ def test_plan_of_a_node_is_no_leak_while_the_node_is_listed() -> None:
         Requests(open={REF: "normal 1-1"}, entries={"normal 1-1": REF}, noted=frozenset({REF})),
         Requests(open={REF: "parked"}, parked=frozenset({REF}), held=frozenset({REF})),
         Requests(open={REF: "delayed"}, delayed=frozenset({REF}), held=frozenset({REF})),
+        Requests(open={REF: "low 1-1"}, entries={"low 1-1": REF}, timed=frozenset({REF}), holding=frozenset({REF})),
         Requests(ended=frozenset({REF})),
     ],
 )
@@ -93,6 +105,8 @@ def test_request_in_one_place_is_not_lost(requests: Requests) -> None:
         (Requests(delayed=frozenset({REF})), "in 'delayed' and not open"),
         (Requests(held=frozenset({REF})), "in 'held' and not open"),
         (Requests(noted=frozenset({REF})), "in 'noted' and not open"),
+        (Requests(timed=frozenset({REF})), "in 'timed' and not open"),
+        (Requests(holding=frozenset({REF})), "in 'holding' and not open"),
     ],
 )
 def test_request_in_no_place_or_two_is_lost(requests: Requests, complaint: str) -> None:

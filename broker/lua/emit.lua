@@ -1,25 +1,29 @@
 #!lua flags=allow-oom
 -- emit: items of a streaming request, in order, as long as it runs at this very entry. An item that is there already
--- (from an attempt that died) stays as it was.
+-- (from an attempt that died) stays as it was. Asking keeps what is not read yet alive, too. Twice is as once.
+-- A full server takes items: they are as few as the stream may run ahead, and they stand between a request that holds
+-- its slot and its arguments and the end that frees both.
 -- KEYS  1 open  2 items  3 reply prefix
 -- ARGV  1 ref  2 "<lane> <entry>"  3 client  4 ttl_s  5 number of the first item (from 0)   then envelopes (none: just ask)
--- reply {"running" | "stale", how many of them its reader has read}
+-- reply {"running" | "stale", how many of them its reader has read: only where it was just asked, else 0}
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return { 'stale', 0 } end
-local ref, message = ARGV[1], {}
+local LEAST_S = 60 -- a replica that waits for the reader asks more often than this
+local ref, ttl_s, first_number, message = ARGV[1], math.max(LEAST_S, math.ceil(tonumber(ARGV[4]))), tonumber(ARGV[5]), {}
 for i = 6, #ARGV do
-  local number = ARGV[5] + i - 6
+  local number = first_number + i - 6
   local added = redis.pcall('XADD', KEYS[2], string.format('%.0f-1', number + 1), 'item', ARGV[i])
-  if not (type(added) == 'table' and added.err) then
+  if type(added) ~= 'table' then
     local stored = string.format('item %.0f\n', number) .. ARGV[i] .. '\n'
     message[#message + 1] = '$' .. #ref .. '\r\n' .. ref .. '\r\n$' .. #stored .. '\r\n' .. stored .. '\r\n'
+  elseif not string.find(tostring(added.err), 'equal or smaller', 1, true) then
+    return redis.error_reply(tostring(added.err)) -- it is no stream: the first one failed, nothing was written
   end
 end
-if #message > 0 then
-  redis.call('EXPIRE', KEYS[2], ARGV[4])
-  if ARGV[3] ~= '' then redis.call('SPUBLISH', KEYS[3] .. ARGV[3], '*' .. #message * 2 .. '\r\n' .. table.concat(message)) end
+if #message > 0 and ARGV[3] ~= '' then
+  redis.call('SPUBLISH', KEYS[3] .. ARGV[3], '*' .. #message * 2 .. '\r\n' .. table.concat(message))
 end
 local read = 0
-if #ARGV == 5 and redis.call('EXISTS', KEYS[2]) == 1 then
+if redis.call('EXPIRE', KEYS[2], ttl_s) == 1 and #ARGV == 5 then
   local first = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
   if first then
     read = tonumber(string.match(first[1], '^%d+')) - 1

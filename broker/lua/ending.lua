@@ -2,7 +2,9 @@
 -- expects locals: open, notes, results, replies, deadlines, holds, payloads (keys and prefixes), ttl_s
 local INLINE_BYTES = 4096 -- larger results are announced, not sent: a stalled client is cut off at 32 MB
 local WAITED_FOR_S = 60 -- a result that others wait for lives at least so long: a sweeper may have to supply it
+local MOST = 1000 -- per call: Lua hands over 8000 arguments at most
 local ended, outbox, waiters = {}, {}, {}
+ttl_s = math.max(1, math.ceil(tonumber(ttl_s))) -- raises here, before anything is written, if it is no number
 local has_more = redis.call('EXISTS', notes, deadlines, holds) > 0 -- of any request of this deployment
 
 local function tell(client, ref, stored)
@@ -25,7 +27,7 @@ local function read_notes(ref, stored, keeps_payload)
   for waiter in string.gmatch(noted[2] or '', '%S+') do
     waiters[#waiters + 1] = ref
     waiters[#waiters + 1] = waiter
-    keep_s = math.max(tonumber(ttl_s), WAITED_FOR_S)
+    keep_s = math.max(ttl_s, WAITED_FOR_S)
   end
   if noted[3] and not keeps_payload then redis.call('UNLINK', payloads .. ref) end
   redis.call('HDEL', notes, ref .. ':readers', ref .. ':waiters', ref .. ':payload')
@@ -41,14 +43,18 @@ local function conclude(ref, client, header, body, keeps_payload)
   if client ~= '' then tell(client, ref, stored) end
 end
 
+local function forget(command, key)
+  for first = 1, #ended, MOST do
+    redis.call(command, key, unpack(ended, first, math.min(first + MOST - 1, #ended)))
+  end
+end
+
 -- Forget what was concluded, and send each client one message: a RESP array of ref, stored, ref, stored, ...
 local function publish()
-  if #ended > 0 then
-    redis.call('HDEL', open, unpack(ended))
-    if has_more then
-      redis.call('ZREM', deadlines, unpack(ended))
-      redis.call('HDEL', holds, unpack(ended))
-    end
+  forget('HDEL', open)
+  if has_more then
+    forget('ZREM', deadlines)
+    forget('HDEL', holds)
   end
   for client, box in pairs(outbox) do
     redis.call('SPUBLISH', replies .. client, '*' .. #box * 2 .. '\r\n' .. table.concat(box))

@@ -4,11 +4,14 @@
 -- ARGV  1 lane name  2 ttl_s   then per request: entry id, ref, client, "succeeded" | "failed", envelope
 --       (or "@<bytes>": the envelope lies under its value key)
 -- reply {{position, "done" (this very attempt finished before) | "stale" (another attempt owns it) | "ended" (cancelled,
--- timed out, or its result was dropped) | "missing" (its value key), ...}, {ref, waiter, ...}}
+-- timed out, or its result was dropped) | "missing" (its value key), ...}, {ref, waiter, ...}}. Error BADREQUEST
 -- Commands on many refs at once: a call from Lua costs several times what the command does.
 local open, notes, results, replies, ttl_s = KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[2]
 local deadlines, holds, payloads = KEYS[6], KEYS[7], KEYS[8]
 --include ending
+if (#ARGV - 2) % 5 ~= 0 or #ARGV > 25000 then
+  return redis.error_reply('BADREQUEST five arguments per request, and less than 5000 requests')
+end
 local lane, prefix, refs, entries, refused = KEYS[1], ARGV[1] .. ' ', {}, {}, {}
 for i = 3, #ARGV, 5 do refs[#refs + 1] = ARGV[i + 1] end
 
@@ -28,7 +31,8 @@ end
 
 local function lacks_value(ref, entry, envelope)
   if string.byte(envelope) ~= 64 then return false end -- no '@'
-  return redis.call('EXPIRE', KEYS[9] .. ref .. ':' .. entry, ttl_s) == 0
+  -- As long as its result may live.
+  return redis.call('EXPIRE', KEYS[9] .. ref .. ':' .. entry, math.max(ttl_s, WAITED_FOR_S)) == 0
 end
 
 for position, now_at in ipairs(redis.call('HMGET', open, unpack(refs))) do

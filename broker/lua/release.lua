@@ -11,7 +11,7 @@ local limits = redis.call('HMGET', KEYS[8], 'max_attempts', 'result_ttl_s')
 local open, notes, results, replies = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local deadlines, holds, payloads = KEYS[10], KEYS[11], KEYS[12]
 local DEAD_PAYLOAD_S = 7 * 24 * 3600 -- large arguments of a dead letter are kept a week, to be looked at or sent again
-local max_attempts, ttl_s = tonumber(limits[1] or '3'), math.ceil(tonumber(limits[2] or '3600'))
+local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
 --include ending
 local time = redis.call('TIME')
 local cause = { replica = replica, cause = ARGV[3], at_ms = time[1] * 1000 + math.floor(time[2] / 1000) }
@@ -27,7 +27,7 @@ end
 
 local function next_attempt(request)
   local history = cjson.decode(request.history or '[]')
-  request.attempt = tonumber(request.attempt or '1')
+  request.attempt = tonumber(request.attempt) or 1
   cause.attempt = request.attempt
   history[#history + 1] = cause
   request.attempt, request.history = request.attempt + 1, cjson.encode(history)
@@ -55,7 +55,8 @@ for _, row in ipairs(pending) do
   else
     local request = take(entry)
     next_attempt(request)
-    if not request.ref or request.attempt > tonumber(request.max_attempts or max_attempts) then -- without a ref it is no request: kept to be looked at
+    -- Without a ref it is no request: kept to be looked at.
+    if not request.ref or request.attempt > (tonumber(request.max_attempts) or max_attempts) then
       request.attempt = cause.attempt
       add(KEYS[7], request, 'MAXLEN', '~', 10000, '*')
       if request.ref then

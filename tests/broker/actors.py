@@ -45,6 +45,31 @@ async def finish_one_by_one(link: Link, keys: DeploymentKeys) -> None:
     await anyio.sleep_forever()
 
 
+async def emit_endlessly(link: Link, keys: DeploymentKeys) -> None:
+    """Take one request and produce item after item, in batches, without ever waiting for an answer."""
+    _, taken = await link.run(scripts.claim(keys, REPLICA, 1))
+    (one,) = attempts_of(keys, taken)
+    for first in count(0, BATCH):
+        if first > AT_MOST:
+            await anyio.sleep_forever()
+        items = [f"first {number}".encode() for number in range(first, first + BATCH)]
+        call = scripts.emit(keys, one.ref, f"{one.lane} {one.entry.decode()}", b"", 3600, first, items)
+        link.start(call, lambda reply: None)
+        await anyio.lowlevel.checkpoint()
+
+
+async def write_and_finish(link: Link, keys: DeploymentKeys) -> None:
+    """Take everything; finish each with a large value, without ever waiting for an answer."""
+    _, taken = await link.run(scripts.claim(keys, REPLICA, AT_MOST))
+    for one in attempts_of(keys, taken):
+        link.set_parts(keys.value(one.ref, one.entry.decode()), [b"x" * 5000, b"y" * 5000], 60_000)
+        outcome = (one.entry, one.ref, "", "succeeded", b"@10000")
+        link.start(scripts.finish(keys, one.lane, 60, outcome), lambda reply: None)
+        await anyio.lowlevel.checkpoint()
+    say("finished")
+    await anyio.sleep_forever()
+
+
 async def submit_endlessly(link: Link, keys: DeploymentKeys) -> None:
     """Submit batch after batch, refs 1, 2, 3, ..., without ever waiting for an answer."""
     for first in count(1, BATCH):
@@ -59,7 +84,10 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-PARTS = {part.__name__: part for part in (claim_and_hang, block, finish_one_by_one, submit_endlessly)}
+PARTS = {
+    part.__name__: part
+    for part in (claim_and_hang, block, finish_one_by_one, write_and_finish, emit_endlessly, submit_endlessly)
+}
 
 
 async def main(part: str, url: str) -> None:

@@ -16,18 +16,29 @@ from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
-from millstream.broker.scripts import Finished, Submitted
+from millstream.broker.scripts import Ended, Finished, Submitted
 from millstream.broker.states import State
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
-from tests.broker.actors import BATCH, block, claim_and_hang, finish_one_by_one, submit_endlessly
+from tests.broker.actors import (
+    BATCH,
+    block,
+    claim_and_hang,
+    emit_endlessly,
+    finish_one_by_one,
+    submit_endlessly,
+    write_and_finish,
+)
 from tests.helpers import (
     CALLER,
     REPLICA,
+    asking,
+    cancel,
     claim,
     deploy_config,
     finish,
     new_ref,
+    read_everything,
     read_state,
     read_states,
     request,
@@ -154,6 +165,57 @@ async def test_replica_killed_while_it_finishes_leaves_each_request_finished_or_
     assert values == [b"of the killed replica"] * finished + [b"of the second replica"] * requeued
 
 
+async def test_replica_killed_while_it_finishes_with_large_values_leaves_no_result_without_its_value(
+    server: Server, redis: Control, keys: DeploymentKeys
+) -> None:
+    await deploy_config(redis, keys)
+    refs = await seed_queued(redis, keys, 1000)
+
+    async def has_begun() -> bool:
+        return await redis.hlen(keys.open) < 950
+
+    async with acting(write_and_finish, server.url) as replica:
+        await wait_until(has_begun, timeout_s=20)
+        await kill(replica, redis)
+
+    results: Any = [(ref, await redis.get(keys.result(ref))) for ref in refs]
+    ended = [(ref, stored.partition(b"\n")[0].split()[2]) for ref, stored in results if stored is not None]
+    sizes = [await redis.strlen(keys.value(ref, entry.decode())) for ref, entry in ended]
+    assert len(ended) > 50 and sizes == [10_000] * len(ended)
+    assert await release_all(redis, keys) == 1000 - len(ended)
+
+
+async def test_stream_whose_replica_is_killed_goes_on_without_a_gap_or_a_change(
+    server: Server, redis: Control, keys: DeploymentKeys
+) -> None:
+    await deploy_config(redis, keys)
+    (ref,) = await seed_queued(redis, keys, extras=asking(stream=1000))
+
+    async def has_begun() -> bool:
+        return await redis.xlen(keys.items(ref)) > 5 * BATCH
+
+    async with acting(emit_endlessly, server.url) as replica:
+        await wait_until(has_begun, timeout_s=20)
+        await run(redis, scripts.consume(keys, ref, BATCH + 7))
+        await kill(replica, redis)
+    await release_all(redis, keys)
+    (second,) = await claim(redis, keys, replica="r-2")
+    left = await redis.xlen(keys.items(ref))
+    read = BATCH + 7
+    again = read + left + BATCH  # so many items the second attempt produces
+
+    place = f"returned {second.entry.decode()}"
+    for first in range(0, again, BATCH):
+        items = [b"second %d" % number for number in range(first, min(first + BATCH, again))]
+        await run(redis, scripts.emit(keys, ref, place, b"", 3600, first, items))
+
+    rows: Any = await redis.xrange(keys.items(ref))
+    expected = [b"first %d" % number for number in range(read, read + left)]
+    expected += [b"second %d" % number for number in range(read + left, again)]
+    assert left > 0
+    assert [fields[b"item"] for _, fields in rows] == expected
+
+
 async def test_frozen_replica_takes_nothing_once_its_connection_is_cut(
     server: Server, redis: Control, keys: DeploymentKeys
 ) -> None:
@@ -223,6 +285,38 @@ async def test_restarted_server_has_every_request_where_it_was(
             State.DELAYED,
         ]
         assert await redis.script_exists(scripts.script("finish").sha.decode()) == [False]
+    assert_consistent(server)
+
+
+async def test_restarted_server_has_deadlines_large_values_and_items_where_they_were(
+    start_server: Callable[..., Server], keys: DeploymentKeys
+) -> None:
+    server = start_server(*AOF)
+    async with server.connect() as redis:
+        await deploy_config(redis, keys, max_queued=10)
+        ref, upstream = new_ref(), "up.Up~" + "u" * 22
+        await redis.set(keys.payload(ref), b"large arguments", px=600_000)
+        extras = asking(payload=True, timeout_ms=3_600_000, stream=4)
+        call = scripts.hold(keys, CALLER, ref.encode(), "low", b"m", b"", extras=extras.encode(), depends_on=[upstream])
+        await run(redis, call)
+        await run(
+            redis, scripts.supply(keys, ref, upstream, b"succeeded normal 1-1\n@9", [keys.value("u" * 22, "1-1")])
+        )
+        (one,) = await claim(redis, keys)
+        place = f"low {one.entry.decode()}"
+        await run(redis, scripts.emit(keys, ref, place, b"", 3600, 0, [b"a", b"b"]))
+        await run(redis, scripts.consume(keys, ref, 2))
+        before = await read_everything(redis)
+
+        server.kill()
+        server.start()
+
+        assert await read_everything(redis) == before
+        assert await redis.pttl(keys.payload(ref)) == -1
+        assert await run(redis, scripts.emit(keys, ref, place, b"", 3600, 0, [])) == (True, 2)
+        await redis.zadd(keys.deadlines, {ref: 1})
+        assert await cancel(redis, keys, ref, overdue=True) == [Ended.ENDED]
+        assert not await redis.exists(keys.payload(ref), keys.holds, keys.deadlines, keys.notes)
     assert_consistent(server)
 
 

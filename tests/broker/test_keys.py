@@ -40,7 +40,7 @@ def spelled(keys: Any) -> list[str]:
     values = []
     for name in described(type(keys)):
         value = getattr(keys, name)
-        values.append(value("x") if callable(value) else value)
+        values.append(value(*"x" * len(inspect.signature(value).parameters)) if callable(value) else value)
     return values
 
 
@@ -68,12 +68,16 @@ def test_prefixes_are_those_of_the_keys_that_scripts_put_together() -> None:
     assert MODEL.result("x") == MODEL.result_prefix + "x"
     assert MODEL.lease("x") == MODEL.lease_prefix + "x"
     assert MODEL.reply("x") == MODEL.reply_prefix + "x"
+    assert MODEL.orders("x") == MODEL.orders_prefix + "x"
+    assert MODEL.payload("x") == MODEL.payload_prefix + "x"
+    assert MODEL.value("x", "1-1") == MODEL.value_prefix + "x:1-1"
     assert MODEL.lane("high") == MODEL.prefix + "high"
 
 
 def test_deployment_owns_what_has_no_ttl_and_not_its_results() -> None:
-    assert {MODEL.config, MODEL.open, MODEL.dead, *MODEL.lanes} <= set(MODEL.owned)
-    assert not any(key.startswith((MODEL.result_prefix, MODEL.lease_prefix)) for key in MODEL.owned)
+    assert {MODEL.config, MODEL.open, MODEL.dead, MODEL.deadlines, MODEL.holds, *MODEL.lanes} <= set(MODEL.owned)
+    expiring = (MODEL.result_prefix, MODEL.lease_prefix, MODEL.value_prefix, MODEL.items(""))
+    assert not any(key.startswith(expiring) for key in MODEL.owned)
 
 
 @pytest.mark.parametrize("cls", [Keys, DeploymentKeys])

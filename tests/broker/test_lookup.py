@@ -12,6 +12,8 @@ from millstream.config import Settings
 from tests.helpers import (
     CALLER,
     REPLICA,
+    asking,
+    cancel,
     deploy_config,
     new_ref,
     seed_delayed,
@@ -108,6 +110,33 @@ async def test_ended(registry: Registry, redis: Control, keys: DeploymentKeys, o
     assert view.size_bytes == len(b"an envelope")
     assert view.expires_in_s is not None and 50 < view.expires_in_s <= 60
     assert (await read_stored(registry, view.ref_id)).endswith(b"\nan envelope")
+
+
+async def test_large_value_is_as_large_as_it_is_where_it_lies(
+    registry: Registry, redis: Control, keys: DeploymentKeys
+) -> None:
+    (claimed,) = await seed_running(redis, keys)
+    await redis.set(keys.value(claimed.ref, claimed.entry.decode()), b"x" * 70_000, px=60_000)
+    await run(redis, scripts.finish(keys, "normal", 60, [claimed.entry, claimed.ref, CALLER, "succeeded", b"@70000"]))
+
+    view = await view_request(registry, ref_id(keys, claimed.ref))
+
+    assert view is not None
+    assert (view.state, view.size_bytes) == (State.SUCCEEDED, 70_000)
+
+
+@pytest.mark.parametrize(("overdue", "state"), [(False, State.CANCELLED), (True, State.TIMED_OUT)])
+async def test_ended_from_outside(
+    registry: Registry, redis: Control, keys: DeploymentKeys, overdue: bool, state: State
+) -> None:
+    (ref,) = await seed_queued(redis, keys, extras=asking(timeout_ms=0))
+    await cancel(redis, keys, ref, overdue=overdue)
+
+    view = await view_request(registry, ref_id(keys, ref))
+
+    assert view is not None
+    assert (view.state, view.lane, view.size_bytes) == (state, "normal", len("why not"))
+    assert await read_stored(registry, view.ref_id) == f"{state} normal {view.entry}\nwhy not".encode()
 
 
 async def test_dead_tells_of_every_attempt(registry: Registry, redis: Control, keys: DeploymentKeys) -> None:

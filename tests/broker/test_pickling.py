@@ -7,14 +7,15 @@ import sys
 import textwrap
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from millstream.broker import pickling
-from millstream.errors import PayloadTooLargeError, SerializationError
+from millstream.broker.pickling import Pickled
+from millstream.errors import ConfigError, PayloadTooLargeError, SerializationError
 
 
 @dataclass
@@ -40,6 +41,16 @@ class Slotted:
     model: Any
 
 
+@dataclass
+class Block:
+    """What a library with large arrays does: its bytes lie beside the pickle, if they are many."""
+
+    data: bytes | bytearray
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return Block, (pickle.PickleBuffer(self.data),)
+
+
 class Future:
     """Stands for an asyncio.Task: cannot be pickled itself, but something can stand in for it."""
 
@@ -57,19 +68,28 @@ def culprit(value: Any) -> str:
     return caught.value.path
 
 
-def dump_in_main(code: str) -> bytes:
+def dump_in_main(code: str, how: str = "dump") -> bytes:
     """Run a script that puts something into `result`; that, pickled in there."""
     program = f"""{textwrap.dedent(code)}
-import sys
+import pickle, sys
 from millstream.broker import pickling
-sys.stdout.buffer.write(pickling.dump(result, what="argument"))
+dumped = pickling.{how}(result, what="argument")
+if not isinstance(dumped, bytes):  # in parts: for a reader that does not know of such
+    dumped = pickle.dumps((dumped.data, [bytes(buffer) for buffer in dumped.buffers]))
+sys.stdout.buffer.write(dumped)
 """
     return subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=20).stdout
 
 
 def load_elsewhere(data: bytes, expression: str) -> str:
     """What `expression` over the unpickled `value` prints in a process with another `__main__`."""
-    program = f"import pickle, sys; value = pickle.loads(sys.stdin.buffer.read()); print({expression})"
+    program = f"""
+import pickle, sys
+value = pickle.loads(sys.stdin.buffer.read())
+if isinstance(value, tuple):
+    value = pickle.loads(value[0], buffers=value[1])
+print({expression})
+"""
     done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, check=True, timeout=20)
     return done.stdout.decode().strip()
 
@@ -229,15 +249,106 @@ def test_object_whose_parts_all_pickle_is_the_culprit_itself() -> None:
 # the limit
 
 
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the limit as an operator does."""
+
+    def set_limit(text: str) -> None:
+        monkeypatch.setenv("MILLSTREAM_PAYLOAD_LIMIT", text)
+        pickling.limit_bytes.cache_clear()
+
+    yield set_limit
+    monkeypatch.undo()
+    pickling.limit_bytes.cache_clear()
+
+
+Limit = Callable[[str], None]
+
+
 @pytest.mark.parametrize("value", [b"x" * 2000, [lambda: b"x" * 2000, b"x" * 2000]])
-def test_payload_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
-    monkeypatch.setattr(pickling, "PAYLOAD_LIMIT_BYTES", 1000)
+def test_payload_over_the_limit_is_refused(limit: Limit, value: Any) -> None:
+    limit("1000")
 
     with pytest.raises(PayloadTooLargeError, match=r"argument takes [\d,]+ bytes, the limit is 1,000"):
         dump(value)
 
 
-def test_payload_within_the_limit_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickling, "PAYLOAD_LIMIT_BYTES", 1000)
+def test_payload_within_the_limit_is_not(limit: Limit) -> None:
+    limit("1000")
 
     assert len(dump(b"x" * 900)) < 1000
+
+
+@pytest.mark.parametrize("value", [b"x" * 200_000, [Block(b"x" * 70_000), Block(b"x" * 70_000)]])
+def test_parts_over_the_limit_are_refused_by_their_sum_and_told_how_to_raise_it(limit: Limit, value: Any) -> None:
+    limit("130000")
+
+    with pytest.raises(PayloadTooLargeError, match=r"the limit is 130,000.*MILLSTREAM_PAYLOAD_LIMIT"):
+        pickling.dump_parts(value, what="argument")
+
+    limit("300000")
+    assert isinstance(pickling.dump_parts(value, what="argument"), Pickled)
+
+
+def test_limit_leaves_room_for_the_envelope_in_the_largest_string_that_a_server_takes(limit: Limit) -> None:
+    limit("")
+
+    at_most_buffers = pickling.limit_bytes() // pickling.LARGE_BYTES
+    assert pickling.limit_bytes() == 512_000_000
+    assert pickling.limit_bytes() + 18 + 4 + 8 * at_most_buffers < 512 * 1024 * 1024
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1e6", "64 kB", "²", "lots"])
+def test_limit_that_is_no_number_of_bytes_is_refused_by_name(limit: Limit, text: str) -> None:
+    limit(text)
+
+    with pytest.raises(ConfigError, match=f"MILLSTREAM_PAYLOAD_LIMIT={text!r}"):
+        dump("x")
+
+
+# in parts
+
+
+def test_small_value_is_one_piece() -> None:
+    for value in ({"a": [1, 2]}, Block(b"x" * 1000), lambda: 7, b"x" * (pickling.LARGE_BYTES - 100)):
+        assert isinstance(pickling.dump_parts(value, what="argument"), bytes)
+
+
+def test_large_value_without_buffers_is_one_large_piece() -> None:
+    pickled = pickling.dump_parts(b"x" * 100_000, what="argument")
+
+    assert isinstance(pickled, Pickled)
+    assert (pickled.buffers, pickled.size_bytes) == ([], len(pickled.data))
+    assert pickling.load(pickled.data) == b"x" * 100_000
+
+
+def test_large_buffers_lie_beside_and_small_ones_do_not() -> None:
+    value = [Block(b"a" * 70_000), Block(b"few"), Block(b"b" * 80_000)]
+
+    pickled = pickling.dump_parts(value, what="argument")
+
+    assert isinstance(pickled, Pickled)
+    assert [bytes(buffer[:1]) * len(buffer) for buffer in pickled.buffers] == [b"a" * 70_000, b"b" * 80_000]
+    assert len(pickled.data) < 1000
+    assert pickling.load(pickled.data, buffers=pickled.buffers) == value
+
+
+def test_culprit_beside_a_large_buffer_is_named() -> None:
+    with pytest.raises(SerializationError) as caught:
+        pickling.dump_parts([Block(b"x" * 100_000), {"model": Guarded()}], what="argument")
+
+    assert caught.value.path == "argument[1]['model'].lock"
+
+
+def test_what_main_defines_travels_by_value_beside_a_large_buffer() -> None:
+    data = dump_in_main(
+        """
+        from tests.broker.test_pickling import Block
+        class Adder:
+            def add(self): return 42
+        result = [Adder(), Block(b"x" * 100_000)]
+        """,
+        "dump_parts",
+    )
+
+    assert load_elsewhere(data, "value[0].add(), len(value[1].data)") == "42 100000"

@@ -15,7 +15,18 @@ from millstream.broker.registry import Registry, connect_registry
 from millstream.broker.states import State
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError, SignatureError
-from tests.helpers import finish, read_state, seed_delayed, seed_parked, seed_queued, seed_running, wait_until
+from tests.helpers import (
+    asking,
+    finish,
+    new_ref,
+    read_state,
+    request,
+    seed_delayed,
+    seed_parked,
+    seed_queued,
+    seed_running,
+    wait_until,
+)
 from tests.servers import free_port
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
@@ -100,6 +111,30 @@ async def test_deploying_again_keeps_the_requests_and_changes_the_version(
 
     assert first.version != second.version
     assert await read_state(redis, keys, ref) == "queued"
+
+
+async def test_limit_and_timeout_reach_the_scripts(redis: Control, keys: DeploymentKeys, registry: Registry) -> None:
+    await registry.deploy("app", "Model", [new(max_queued_requests=2, request_timeout_s=0.0015)])
+    refs = [new_ref() for _ in range(3)]
+
+    answers = await run(redis, scripts.submit(keys, "", [part for ref in refs for part in request(ref)]))
+
+    config = await redis.hgetall(keys.config)
+    assert (config[b"max_queued"], config[b"timeout_ms"]) == (b"2", b"1")
+    assert answers == {2: scripts.Submitted.FULL}
+    assert set(await redis.zrange(keys.deadlines, 0, -1)) == {ref.encode() for ref in refs[:2]}
+
+
+async def test_version_without_limit_and_timeout_ends_those_of_the_version_before(
+    redis: Control, keys: DeploymentKeys, registry: Registry
+) -> None:
+    await registry.deploy("app", "Model", [new(max_queued_requests=1, request_timeout_s=60)])
+    await registry.deploy("app", "Model", [new()])
+
+    await seed_queued(redis, keys, 3)
+
+    assert await redis.hmget(keys.config, "max_queued", "timeout_ms") == [None, None]
+    assert not await redis.exists(keys.deadlines)
 
 
 async def test_deployment_that_is_no_longer_part_of_the_application_goes(redis: Control, registry: Registry) -> None:
@@ -233,6 +268,9 @@ async def test_deleted_application_leaves_its_results_and_nothing_else(
     (ended,) = await seed_running(redis, keys)
     await finish(redis, keys, ended)
     open_refs = [*await seed_queued(redis, keys, 3), await seed_parked(redis, keys), await seed_delayed(redis, keys)]
+    open_refs += [large := new_ref(), (await seed_delayed(redis, keys, extras=asking(timeout_ms=60_000)))]
+    await redis.set(keys.payload(large), b"large arguments", px=60_000)
+    await run(redis, scripts.submit(keys, "", request(large, extras=asking(payload=True, timeout_ms=60_000))))
 
     deleted = await registry.delete("app")
 

@@ -8,12 +8,14 @@ import pytest
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import Finished, Submitted, Supplied
+from millstream.broker.scripts import Ended, Finished, Submitted, Supplied
 from millstream.broker.states import TERMINAL, TRANSITIONS, Event, State
 from tests.helpers import (
     BODY,
     CALLER,
     REPLICA,
+    age,
+    cancel,
     claim,
     deploy_config,
     new_ref,
@@ -28,6 +30,7 @@ from tests.helpers import (
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
 
 UPSTREAM = "up.Up~" + "u" * 22
+LATER_MS = 4_000_000_000_000
 STATES: tuple[State | None, ...] = (None, *State)
 # A queued request was handed back: so there is a former owner whose entry is no longer the one that counts.
 WAYS_FROM_RUNNING = {
@@ -35,7 +38,8 @@ WAYS_FROM_RUNNING = {
     State.SUCCEEDED: Event.SUCCEED,
     State.FAILED: Event.FAIL,
     State.DEAD: Event.BURY,
-    State.CANCELLED: Event.DISCARD,
+    State.CANCELLED: Event.CANCEL,
+    State.TIMED_OUT: Event.EXPIRE,
 }
 REFUSED = [(state, event) for state in STATES for event in Event if (state, event) not in TRANSITIONS]
 
@@ -99,10 +103,14 @@ async def seed(redis: Control, keys: DeploymentKeys, state: State | None) -> Sub
 
 
 async def prepare(redis: Control, keys: DeploymentKeys, event: Event, subject: Subject) -> None:
-    """What the event needs besides the request: a due time that has come, attempts that are used up."""
+    """What the event needs besides the request: a time that has come or not, attempts that are used up."""
     match event:
         case Event.PROMOTE:
-            await redis.zadd(keys.due, {subject.ref: 1}, xx=True)
+            await age(redis, keys.due, subject.ref)
+        case Event.SUPPLY_EARLY if await redis.exists(keys.held(subject.ref)):
+            await redis.hset(keys.held(subject.ref), "due_ms", LATER_MS)
+        case Event.EXPIRE if await redis.hexists(keys.open, subject.ref):
+            await redis.zadd(keys.deadlines, {subject.ref: 1})
         case Event.BURY:
             await redis.hset(keys.config, "max_attempts", 1)
 
@@ -120,7 +128,7 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
         case Event.DELAY:
             call = scripts.hold(keys, CALLER, ref.encode(), "normal", b"m", BODY, delay_ms=3_600_000)
             return await run(redis, call)
-        case Event.SUPPLY:
+        case Event.SUPPLY | Event.SUPPLY_EARLY:
             return await run(redis, scripts.supply(keys, ref, UPSTREAM, b"succeeded normal 1-1\nvalue"))
         case Event.REJECT:
             before = await redis.exists(keys.result(ref))
@@ -135,6 +143,8 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
         case Event.RELEASE | Event.BURY:
             released = await run(redis, scripts.release(keys, lane, REPLICA, "killed", expired=False))
             return released.requeued, released.buried
+        case Event.CANCEL | Event.EXPIRE:
+            return await cancel(redis, keys, ref, overdue=event == Event.EXPIRE)
         case Event.DISCARD:
             before = await redis.hlen(keys.open)
             await run(redis, scripts.discard(keys, "0", 60, "deleted", running=True))
@@ -150,7 +160,7 @@ def refusal(state: State | None, event: Event) -> Any:
     match event:
         case Event.SUBMIT | Event.PARK | Event.DELAY:
             return Submitted.DONE if state in TERMINAL else Submitted.OPEN
-        case Event.SUPPLY:
+        case Event.SUPPLY | Event.SUPPLY_EARLY:
             return Supplied.GONE
         case Event.REJECT:
             return [], 0
@@ -158,8 +168,11 @@ def refusal(state: State | None, event: Event) -> Any:
             return 0
         case Event.CLAIM:
             return []
+        case Event.CANCEL | Event.EXPIRE:
+            return [Ended.GONE]
         case Event.RELEASE | Event.BURY:
             return 0, 0
+        case Event.SUCCEED | Event.FAIL if state in (State.SUCCEEDED, State.FAILED):
+            return Finished.DONE
         case Event.SUCCEED | Event.FAIL:
-            finished_before = state in (State.SUCCEEDED, State.FAILED)
-            return Finished.DONE if finished_before else Finished.STALE
+            return Finished.ENDED if state in (None, State.CANCELLED, State.TIMED_OUT) else Finished.STALE

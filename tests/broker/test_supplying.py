@@ -12,9 +12,18 @@ from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper
 from millstream.config import Settings
-from millstream.errors import RefNotFoundError, ReplicaDiedError, TaskError
+from millstream.errors import (
+    RefNotFoundError,
+    ReplicaDiedError,
+    RequestCancelledError,
+    RequestTimeoutError,
+    TaskError,
+)
 from tests.helpers import (
     REPLICA,
+    age,
+    asking,
+    cancel,
     claim,
     deploy_config,
     finish,
@@ -130,6 +139,111 @@ async def test_death_upstream_fails_the_waiter_with_it(
     assert isinstance(error, ReplicaDiedError) and error.ref_id == f"app.Model~{upstream.ref}"
 
 
+@pytest.mark.parametrize(("overdue", "error_class"), [(False, RequestCancelledError), (True, RequestTimeoutError)])
+async def test_end_from_outside_fails_all_that_depend_on_it(
+    redis: Control,
+    settings: Settings,
+    keys: DeploymentKeys,
+    supplier: Supplier,
+    overdue: bool,
+    error_class: type[Exception],
+) -> None:
+    await deploy_config(redis, keys)
+    await deploy_config(redis, DOWN)
+    (upstream,) = await seed_running(redis, keys, extras=asking(timeout_ms=0))
+    ends = [
+        (keys, await seed_parked(redis, keys, f"app.Model~{upstream.ref}")),
+        (DOWN, await seed_parked(redis, DOWN, f"app.Model~{upstream.ref}")),
+    ]
+    for where, end in ends:
+        await supplier.watch(f"{where.tag}~{end}", f"app.Model~{upstream.ref}")
+
+    call = scripts.cancel(keys, 60, "nobody wants it", [upstream.ref], overdue=overdue)
+    _, waiters = await run(redis, call)
+    await supplier.supply_all(keys.tag, waiters)
+
+    errors = [await outcome_of(redis, settings, where, end) for where, end in ends]
+    assert [type(error) for error in errors] == [error_class] * 2
+    assert [error.ref_id for error in errors] == [f"app.Model~{upstream.ref}"] * 2
+
+
+# large values
+
+
+LARGE = 3_600_000
+
+
+async def seed_large(redis: Control, keys: DeploymentKeys) -> tuple[str, str]:
+    """A request that ended with a large value: its ref id, and the key of the value."""
+    (upstream,) = await seed_running(redis, keys)
+    key = keys.value(upstream.ref, upstream.entry.decode())
+    await redis.set(key, b"a large envelope", px=60_000)
+    assert await finish(redis, keys, upstream, value=b"@16") == ({}, [])
+    return f"{keys.tag}~{upstream.ref}", key
+
+
+async def test_large_value_stays_where_it_is_and_is_held_for_the_dependant(
+    redis: Control, settings: Settings, keys: DeploymentKeys, supplier: Supplier
+) -> None:
+    await deploy_config(redis, keys)
+    await deploy_config(redis, DOWN)
+    upstream_id, key = await seed_large(redis, keys)
+    waiter = await seed_parked(redis, DOWN, upstream_id)
+
+    await supplier.watch(f"app.Down~{waiter}", upstream_id)
+
+    (one,) = await claim(redis, DOWN)
+    assert one.fields[f"dep:{upstream_id}".encode()].endswith(b"\n@16")
+    assert LARGE - 60_000 < await redis.pttl(key) <= LARGE
+    noted: Any = await redis.hget(DOWN.holds, waiter)
+    assert noted.decode().split()[1:] == [key]
+
+
+async def test_large_value_that_was_put_is_held_too(redis: Control, keys: DeploymentKeys, supplier: Supplier) -> None:
+    await deploy_config(redis, keys)
+    put, ref = DeploymentKeys("ms", "put.07"), new_ref()
+    await redis.set(put.value(ref, "-"), b"a large envelope", px=60_000)
+    await redis.set(put.result(ref), b"succeeded - -\n@16", px=60_000)
+    waiter = await seed_parked(redis, keys, f"put.07~{ref}")
+
+    await supplier.watch(f"app.Model~{waiter}", f"put.07~{ref}")
+
+    assert await read_state(redis, keys, waiter) == State.QUEUED
+    assert await redis.pttl(put.value(ref, "-")) > 60_000
+
+
+async def test_large_value_that_has_expired_fails_the_dependant_and_says_which(
+    redis: Control, settings: Settings, keys: DeploymentKeys, supplier: Supplier
+) -> None:
+    await deploy_config(redis, keys)
+    upstream_id, key = await seed_large(redis, keys)
+    await redis.delete(key)
+    waiter = await seed_parked(redis, keys, upstream_id)
+
+    await supplier.watch(f"app.Model~{waiter}", upstream_id)
+
+    error = await outcome_of(redis, settings, keys, waiter)
+    assert isinstance(error, RefNotFoundError) and error.ref_id == upstream_id
+
+
+async def test_supplier_that_died_before_it_supplied_did_no_harm(
+    redis: Control, settings: Settings, keys: DeploymentKeys, supplier: Supplier
+) -> None:
+    await deploy_config(redis, keys)
+    upstream_id, key = await seed_large(redis, keys)
+    waiter = await seed_parked(redis, keys, upstream_id)
+    await run(redis, scripts.keep([key]))  # and dies
+
+    for _ in range(2):
+        await supplier.supply(upstream_id, [f"app.Model~{waiter}"])
+
+    assert await read_state(redis, keys, waiter) == State.QUEUED
+    assert await redis.hlen(keys.holds) == 1
+
+
+# twice, and after crashes
+
+
 async def test_supplying_twice_is_as_once(
     redis: Control, settings: Settings, keys: DeploymentKeys, supplier: Supplier
 ) -> None:
@@ -152,6 +266,21 @@ async def test_what_has_not_ended_supplies_nothing(redis: Control, keys: Deploym
     await supplier.supply(f"app.Model~{upstream.ref}", [f"app.Model~{waiter}"])
 
     assert await read_state(redis, keys, waiter) == State.PARKED
+
+
+async def test_sweeper_tells_dependants_of_a_cancellation_whose_author_died(
+    redis: Control, settings: Settings, keys: DeploymentKeys, supplier: Supplier
+) -> None:
+    await deploy_config(redis, keys)
+    (upstream,) = await seed_running(redis, keys)
+    waiter = await seed_parked(redis, keys, f"app.Model~{upstream.ref}")
+    await supplier.watch(f"app.Model~{waiter}", f"app.Model~{upstream.ref}")
+    await cancel(redis, keys, upstream.ref)  # and dies
+    await age(redis, keys.parked, waiter)
+
+    await Sweeper(settings, lambda call: run(redis, call), redis.execute_command).step("app.Model")
+
+    assert isinstance(await outcome_of(redis, settings, keys, waiter), RequestCancelledError)
 
 
 async def test_sweeper_supplies_what_a_crash_left_undone(

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
@@ -14,7 +15,19 @@ from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
 from millstream.config import Settings
-from tests.helpers import REPLICA, deploy_config, read_state, read_states, seed_delayed, seed_running
+from tests.helpers import (
+    REPLICA,
+    age,
+    asking,
+    deploy_config,
+    read_state,
+    read_states,
+    seed_delayed,
+    seed_parked,
+    seed_queued,
+    seed_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -54,6 +67,69 @@ async def test_due_requests_are_queued(redis: Control, keys: DeploymentKeys, swe
     await sweeper.step(keys.tag)
 
     assert await read_state(redis, keys, ref) == State.QUEUED
+
+
+@pytest.mark.fake
+async def test_overdue_requests_time_out_and_their_dependants_fail(
+    redis: Control, settings: Settings, keys: DeploymentKeys, sweeper: Sweeper
+) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys, extras=asking(timeout_ms=3_600_000))
+    (in_time,) = await seed_queued(redis, keys, extras=asking(timeout_ms=3_600_000))
+    waiter = await seed_parked(redis, keys, f"{keys.tag}~{one.ref}")
+    await Supplier(settings, lambda call: run(redis, call)).watch(f"{keys.tag}~{waiter}", f"{keys.tag}~{one.ref}")
+    await age(redis, keys.deadlines, one.ref)
+
+    await sweeper.step(keys.tag)
+
+    states = await read_states(redis, keys, [one.ref, in_time, waiter])
+    assert states == [State.TIMED_OUT, State.QUEUED, State.FAILED]
+    assert 3_500_000 < await redis.pttl(keys.result(one.ref)) <= 3_600_000
+
+
+@pytest.mark.fake
+async def test_sweeper_that_dies_before_it_expires_leaves_that_to_others(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper
+) -> None:
+    await deploy_config(redis, keys)
+    (ref,) = await seed_queued(redis, keys, extras=asking(timeout_ms=0))
+    await run(redis, scripts.sweep(keys))  # and dies
+
+    await sweeper.step(keys.tag)
+
+    assert await read_state(redis, keys, ref) == State.TIMED_OUT
+
+
+@pytest.mark.fake
+async def test_hundreds_of_large_values_are_kept_in_the_course_of_some_passes(
+    redis: Control, keys: DeploymentKeys, sweeper: Sweeper
+) -> None:
+    await deploy_config(redis, keys)
+    refs = await seed_queued(redis, keys, 700)
+    values = [DeploymentKeys("ms", f"up.D{number % 7}").value(ref, "1-1") for number, ref in enumerate(refs)]
+    await redis.hset(keys.holds, mapping={ref: f"1 {value}" for ref, value in zip(refs, values, strict=True)})
+    for value in values:
+        await redis.set(value, b"a large value", px=60_000)
+
+    async def all_are_kept() -> bool:
+        await sweeper.step(keys.tag)
+        return all([await redis.pttl(value) > 3_000_000 for value in values])
+
+    await wait_until(all_are_kept, timeout_s=20)
+
+    assert not any((await run(redis, scripts.sweep(keys))).keep)
+
+
+@pytest.mark.fake
+async def test_large_value_that_is_gone_stops_no_sweep(redis: Control, keys: DeploymentKeys, sweeper: Sweeper) -> None:
+    await deploy_config(redis, keys)
+    (ref,), delayed = await seed_queued(redis, keys), await seed_delayed(redis, keys)
+    await redis.hset(keys.holds, ref, f"1 {keys.value(ref, '1-1')}")
+    await age(redis, keys.due, delayed)
+
+    await sweeper.step(keys.tag)
+
+    assert await read_state(redis, keys, delayed) == State.QUEUED
 
 
 @pytest.mark.fake

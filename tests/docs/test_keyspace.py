@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 import millstream
 from millstream import serve
+from millstream.broker import scripts
 from millstream.broker.codec import Codec
-from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.connection import Control, run
+from millstream.broker.keys import LANES, DeploymentKeys, Keys, split_ref
+from millstream.broker.pickling import Pickled
+from millstream.broker.scripts import Call, Ended, Submitted
+from millstream.broker.states import TERMINAL
 from millstream.errors import ReplicaDiedError
 from millstream.handles.handle import SyncHandle
 from tests.docs import application, pages
+from tests.helpers import CALLER, REPLICA, asking, claim, deploy_config
 from tests.servers import Server
 
 LUA = pages.ROOT / "broker" / "lua"
@@ -33,6 +40,7 @@ PLACEHOLDERS = {
     "<node>": r"[\w-]+",
     "<replica>": "r-[0-9a-f]{6}",
     "<client>": "[0-9a-f]{16}",
+    "<part>": r"[\d-]+",
 }
 
 
@@ -73,9 +81,9 @@ def spelled() -> dict[str, str]:
             if isinstance(member, cached_property) and member.func.__doc__ and name != "owned":
                 found[getattr(keys, name)] = first_words(member.func)
             elif inspect.isfunction(member) and not name.startswith("_") and name != "deployment":
-                argument = list(inspect.signature(member).parameters)[1]
-                placeholder = "<lane>" if name == "lane" else f"<{argument}>"
-                found[getattr(keys, name)(placeholder)] = first_words(member)
+                _, *arguments = inspect.signature(member).parameters
+                placeholders = ["<lane>"] if name == "lane" else [f"<{argument}>" for argument in arguments]
+                found[getattr(keys, name)(*placeholders)] = first_words(member)
     return found
 
 
@@ -114,12 +122,42 @@ def activity(settings_url: str, gate: Path) -> Iterator[None]:
             handle_of("Crash").call()
         assert handle_of("Echo").call("now") == "now"
         millstream.put("kept")
+        with redis.Redis.from_url(settings_url) as client:
+            seed_what_no_handle_makes(client, split_ref(waiting[0].id)[1])
         yield
         gate.touch()
         assert [ref.result(timeout=10) for ref in waiting] == ["open", "open"]
     finally:
         gate.touch()
         serve.shutdown()
+
+
+def seed_what_no_handle_makes(client: "redis.Redis", queued: str) -> None:
+    """The rest of what can lie in Redis, by the scripts, under the access rule that the page gives."""
+
+    def carry_out(call: Call[Any]) -> Any:
+        return call.read(client.eval(call.script.source.decode(), len(call.keys), *call.keys, *call.arguments))
+
+    gate, echo = DeploymentKeys("ms", "default.Gate"), DeploymentKeys("ms", "default.Echo")
+    kept, cancelled, upstream = "k" * 22, "c" * 22, "u" * 22
+    value, upstream_id = echo.value(upstream, "1-1"), f"default.Echo~{upstream}"
+    extras = asking(want="matched", timeout_ms=3_600_000, attempts=2, kill=True, stream=4, payload=True).encode()
+    client.set(value, b"a large value", px=600_000)
+    for ref in (kept, cancelled):
+        client.set(echo.payload(ref), b"large arguments", px=600_000)
+        hold = scripts.hold(
+            echo, "", ref.encode(), "low", b"m", b"", extras=extras, delay_ms=3_600_000, depends_on=[upstream_id]
+        )
+        supply = scripts.supply(echo, ref, upstream_id, b"succeeded normal 1-1\n@13", [value])
+        assert [carry_out(call) for call in (hold, scripts.keep([value]), supply)] == ["new", 1, "delayed"]
+    assert carry_out(scripts.cancel(echo, 60, "for the page", [cancelled]))[0] == [(Ended.ENDED, 0)]
+    ((early, _),), _ = carry_out(scripts.cancel(echo, 60, "for the page", [kept], overdue=True))
+    assert (early, carry_out(scripts.wake(echo))) == (Ended.EARLY, 0)
+    place: Any = client.hget(gate.open, queued)
+    emitted = carry_out(scripts.emit(gate, queued, place.decode(), b"", 60, 0, [b"an item", b"another"]))
+    removed = carry_out(scripts.consume(gate, queued, 1))
+    asked = carry_out(scripts.emit(gate, queued, place.decode(), b"", 60, 0, []))
+    assert (emitted, removed, asked) == ((True, 0), 1, (True, 1))
 
 
 def handle_of(deployment: str) -> SyncHandle:
@@ -149,9 +187,9 @@ def test_page_describes_what_is_there(start_server: Callable[..., Server], tmp_p
 
     assert mistaken(rows, seen) == []
     assert [row.name for row in rows if not any(row.matches(key) for key in seen)] == [], "described, and not there"
-    described = {row.type: row for row in described_channels()}
-    assert sharded and [name for name in sharded if not described["sharded"].matches(name.decode())] == []
-    assert plain and [name for name in plain if not described["plain"].matches(name.decode())] == []
+    for kind, heard in (("sharded", sharded), ("plain", plain)):
+        described = [row for row in described_channels() if row.type == kind]
+        assert heard and [name for name in heard if not any(row.matches(name.decode()) for row in described)] == []
     permanent = [row for row in rows if row.has_ttl or row.ends == "never"]
     assert [key for key in left if not any(row.matches(key) for row in permanent)] == [], "should have ended"
     assert refused == [], "the rule on the page is not enough"
@@ -177,6 +215,59 @@ def mistaken(rows: list[Row], seen: dict[str, tuple[str, bool]]) -> list[str]:
         elif (TYPES[found[0].type], found[0].has_ttl) != (kind, has_ttl):
             wrong.append(f"{key} is a {kind} {'with' if has_ttl else 'without'} TTL, described otherwise")
     return wrong
+
+
+# what is inside
+
+
+@pytest.mark.anyio
+@pytest.mark.fake
+async def test_fields_of_an_entry_are_those_on_the_page(redis: Control, keys: DeploymentKeys) -> None:
+    await deploy_config(redis, keys)
+    await redis.set(keys.payload("r" * 22), b"arguments", px=60_000)
+    extras = asking(want="matched", timeout_ms=60_000, attempts=2, kill=True, stream=4, payload=True)
+    call = scripts.hold(
+        keys, CALLER, b"r" * 22, "low", b"m", b"", extras=extras.encode(), depends_on=["up.Up~" + "u" * 22]
+    )
+    await run(redis, call)
+    await run(redis, scripts.supply(keys, "r" * 22, "up.Up~" + "u" * 22, b"value"))
+    await claim(redis, keys)
+    await run(redis, scripts.release(keys, "low", REPLICA, "killed", expired=False))
+
+    (one,) = await claim(redis, keys)
+
+    described = {pages.unquoted(row["field"]) for row in pages.table(pages.KEYSPACE, "Inside the keys")}
+    assert {re.sub("^dep:.*", "dep:<ref id>", name.decode()) for name in one.fields} == described
+
+
+def test_first_lines_of_results_are_those_of_the_terminal_states() -> None:
+    rows = pages.table(pages.KEYSPACE, "Inside the keys", number=2)
+    described = {word for row in rows for word in re.findall(r"`(\w+) (?:<lane>|-)", row["first line"])}
+
+    assert described == {str(state) for state in TERMINAL}
+
+
+# submit
+
+
+def test_keys_of_submit_are_those_on_the_page() -> None:
+    rows = pages.table(pages.KEYSPACE, "Sending a request from another language")
+    described = [pages.unquoted(next(reversed(row.values()))).removesuffix(" (a prefix)") for row in rows]
+
+    assert described[: len(described) - 2] == list(scripts.submit(DeploymentKeys("ms", "<tag>"), "", []).keys)
+
+
+def test_extras_are_those_on_the_page() -> None:
+    rows = pages.table(pages.KEYSPACE, "Sending a request from another language", number=2)
+    source = (LUA / "extras.lua").read_text()
+
+    assert {pages.unquoted(row["field"]) for row in rows} == set(re.findall(r"extras\.(\w+)", source))
+
+
+def test_words_that_submit_answers_are_those_on_the_page() -> None:
+    rows = pages.table(pages.KEYSPACE, "Sending a request from another language", number=3)
+
+    assert [pages.unquoted(row["word"]) for row in rows] == [str(word) for word in Submitted if word != Submitted.NEW]
 
 
 # the access rule
@@ -218,16 +309,31 @@ def test_vector_is_what_the_code_and_the_description_make_of_it(vector: dict[str
     kind, method, form, ref = vector["kind"], vector["method"], vector["form"], "0123456789abcdefghijkl"
     is_json = form == "j"
     body = vector["body"].encode() if is_json else bytes.fromhex(vector["body"].removesuffix(" (hex)"))
-    value = json.loads(body) if is_json else pickle.loads(body)
+    data, buffers = apart(body) if form == "b" else (body, [])
+    value = json.loads(body) if is_json else pickle.loads(data, buffers=[bytearray(buffer) for buffer in buffers])
     codec: Any = Codec(b"a secret", "ms", "default.Review")
 
     envelope = b"\x01" + form.encode() + signature(kind, method, ref, form, body) + body
 
     assert envelope.hex() == vector["envelope (hex)"]
     assert codec.open(kind, ref.encode(), envelope, method.encode()) == value
-    sealed = (
-        codec.seal_json(kind, ref.encode(), value, method.encode())
-        if is_json
-        else codec.seal(kind, ref.encode(), body, method.encode())
-    )
+    match form:
+        case "j":
+            sealed = codec.seal_json(kind, ref.encode(), value, method.encode())
+        case "p":
+            sealed = codec.seal(kind, ref.encode(), body, method.encode())
+        case _:
+            pickled = Pickled(data, [memoryview(buffer) for buffer in buffers])
+            sealed = b"".join(codec.seal_parts(kind, ref.encode(), pickled, method.encode()))
     assert sealed == envelope
+
+
+def apart(body: bytes) -> tuple[bytes, list[bytes]]:
+    """The pickle and the buffers of a body of form b, in other words than `broker/codec.py`."""
+    count = int.from_bytes(body[:4], "little")
+    sizes = [int.from_bytes(body[4 + 8 * number : 12 + 8 * number], "little") for number in range(count)]
+    buffers = list[bytes]()
+    for size in reversed(sizes):
+        body, buffer = body[: len(body) - size], body[len(body) - size :]
+        buffers.insert(0, buffer)
+    return body[4 + 8 * count :], buffers

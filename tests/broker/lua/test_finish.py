@@ -131,12 +131,12 @@ async def test_entry_whose_id_begins_like_that_of_the_stored_result_is_stale(
     assert refused == {0: Finished.STALE}
 
 
-async def test_finish_of_something_unknown_is_stale(redis: Control, keys: DeploymentKeys) -> None:
+async def test_finish_of_something_unknown_is_told_that_it_has_ended(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
 
     refused, _ = await finish(redis, keys, Claimed(new_ref(), "normal", b"1-1", {}))
 
-    assert refused == {0: Finished.STALE}
+    assert refused == {0: Finished.ENDED}
 
 
 async def test_batch_is_refused_by_position_and_the_rest_of_it_counts(redis: Control, keys: DeploymentKeys) -> None:

@@ -10,7 +10,7 @@ from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.link import dial
 from millstream.broker.records import NewDeployment
 from millstream.broker.registry import Registry
-from millstream.broker.scripts import Supplied
+from millstream.broker.scripts import Ended, Supplied
 from millstream.broker.states import State
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BackPressureError
@@ -18,11 +18,15 @@ from tests.helpers import (
     BODY,
     CALLER,
     REPLICA,
+    age,
+    asking,
+    cancel,
     claim,
     deploy_config,
     finish,
     new_ref,
     read_state,
+    read_states,
     request,
     seed_delayed,
     seed_parked,
@@ -167,6 +171,80 @@ async def test_due_requests_are_queued(redis: Control, keys: DeploymentKeys, fil
     await fill()
 
     assert (await run(redis, scripts.sweep(keys))).promoted == 1
+
+
+async def test_due_requests_are_woken(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    await deploy_config(redis, keys)
+    ref = await seed_delayed(redis, keys)
+    await age(redis, keys.due, ref)
+    await fill()
+
+    assert await run(redis, scripts.wake(keys)) == 1
+
+
+async def test_requests_are_cancelled_expire_and_are_discarded(
+    redis: Control, keys: DeploymentKeys, fill: Fill
+) -> None:
+    """Each makes room: a body for a line of text."""
+    await deploy_config(redis, keys)
+    cancelled, expired, discarded = await seed_queued(redis, keys, 3, extras=asking(timeout_ms=3_600_000))
+    await age(redis, keys.deadlines, expired)
+    await fill()
+
+    answers = [await cancel(redis, keys, cancelled), await cancel(redis, keys, expired, overdue=True)]
+    await run(redis, scripts.discard(keys, "0", 60, "deleted", running=True))
+
+    assert answers == [[Ended.ENDED]] * 2
+    assert await read_states(redis, keys, [cancelled, expired, discarded]) == [
+        State.CANCELLED,
+        State.TIMED_OUT,
+        State.CANCELLED,
+    ]
+
+
+async def test_stream_goes_on_to_its_end(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
+    """What may run ahead is bounded, and only the end of the request frees its arguments and its slot."""
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys, extras=asking(stream=4))
+    await fill()
+
+    call = scripts.emit(keys, one.ref, f"normal {one.entry.decode()}", CALLER.encode(), 60, 0, [b"a", b"b"])
+    emitted = await run(redis, call)
+    removed = await run(redis, scripts.consume(keys, one.ref, 2))
+    await finish(redis, keys, one)
+
+    assert (emitted, removed) == ((True, 0), 2)
+    assert await read_state(redis, keys, one.ref) == State.SUCCEEDED
+
+
+async def test_large_arguments_are_refused_where_they_are_written(
+    redis: Control, settings: Settings, keys: DeploymentKeys, fill: Fill
+) -> None:
+    link = await dial(settings, "test")
+    await fill()
+
+    with pytest.raises(BackPressureError, match="raise its maxmemory"):
+        await link.set_parts(keys.payload(new_ref()), [b"x" * 100_000], 60_000)
+
+    link.close()
+    assert not await redis.keys()
+
+
+async def test_large_value_that_was_written_in_time_is_kept_supplied_and_finished(
+    redis: Control, keys: DeploymentKeys, fill: Fill
+) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+    waiter = await seed_parked(redis, keys, A)
+    value = keys.value(one.ref, one.entry.decode())
+    await redis.set(value, b"a large value", px=1000)
+    await fill()
+
+    refused, _ = await finish(redis, keys, one, value=b"@13")
+    kept = await run(redis, scripts.keep([value]))
+    supplied = await run(redis, scripts.supply(keys, waiter, A, b"succeeded normal 1-1\n@13", [value]))
+
+    assert (refused, kept, supplied) == ({}, 1, Supplied.QUEUED)
 
 
 async def test_refs_can_be_watched(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:

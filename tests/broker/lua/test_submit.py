@@ -38,7 +38,7 @@ async def test_request_is_queued_with_its_fields(redis: Control, keys: Deploymen
 async def test_wish_to_hear_of_the_match_travels_along(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
 
-    await run(redis, scripts.submit(keys, CALLER, request(new_ref(), want="matched")))
+    await run(redis, scripts.submit(keys, CALLER, request(new_ref(), extras="matched")))
 
     (one,) = await claim(redis, keys)
     assert one.fields[b"want"] == b"matched"
