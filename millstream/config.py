@@ -237,7 +237,8 @@ class DeploymentConfig:
 IN_PLACE = frozenset(
     {
         "num_replicas", "autoscaling", "max_ongoing_requests", "max_attempts", "result_ttl_s", "user_config",
-        "health_check_period_s", "health_check_timeout_s", "graceful_shutdown_timeout_s",
+        "health_check_period_s", "health_check_timeout_s", "graceful_shutdown_timeout_s", "max_queued_requests",
+        "request_timeout_s",
     }
 )  # fmt: skip
 RESTARTING = frozenset({"sync_threads", "start_method", "resources", "version"})

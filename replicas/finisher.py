@@ -33,7 +33,7 @@ class Finisher:
         supplier: Supplier,
         start_chore: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
-        self._keys, self._ttl_s = keys, ttl_s
+        self._keys, self.ttl_s = keys, ttl_s
         self._supplier, self._start_chore = supplier, start_chore
         self._loop = asyncio.get_running_loop()
         self._outcomes: dict[str, list[Any]] = {}  # lane -> flat outcomes
@@ -90,7 +90,7 @@ class Finisher:
     def _send(self, link: Link, lane: str, batch: list[Any]) -> None:
         self._in_the_air += 1
         link.start(
-            scripts.finish(self._keys, lane, self._ttl_s, batch), lambda reply: self._finished(lane, batch, reply)
+            scripts.finish(self._keys, lane, self.ttl_s, batch), lambda reply: self._finished(lane, batch, reply)
         )
 
     def _finished(

@@ -166,7 +166,7 @@ class Replica:
     def _make_updater(self, served: Served, intake: Intake, finisher: Finisher) -> Updater:
         async def apply(current: Current) -> None:
             intake.resize(served.max_ongoing(current.config))
-            finisher._ttl_s = int(current.config.result_ttl_s)
+            finisher.ttl_s = self._emitters.ttl_s = int(current.config.result_ttl_s)
             self._record = replace(self._record, revision=current.revision)
             delays = backoff()
             while True:  # whoever waits for the deploy waits for this record
