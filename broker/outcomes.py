@@ -48,11 +48,15 @@ def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | None = N
     """
     body = stored[stored.find(b"\n") + 1 :]
     if stored[:9] == b"succeeded":
-        if body[:1] != b"@":
+        if body[:1] == b"@":
+            if large is None:
+                raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({body[1:].decode()} bytes) has expired")
+            body = large
+        try:
             return codec.open("value", ref, body)
-        if large is None:
-            raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({body[1:].decode()} bytes) has expired")
-        return codec.open("value", ref, large)
+        except (ImportError, AttributeError) as e:
+            e.add_note(f"the value of {codec.tag}~{ref.decode()} is of a class that cannot be imported here")
+            raise
     header = stored.partition(b"\n")[0]
     if header[:6] == b"failed":
         raise remote_errors.rebuild(codec.open("error", ref, body), f"{codec.tag}~{ref.decode()}")

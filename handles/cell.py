@@ -11,7 +11,7 @@ from typing import Any
 
 from millstream.broker import outcomes
 from millstream.broker.codec import Codec
-from millstream.errors import BrokerUnavailableError
+from millstream.errors import BrokerUnavailableError, MillstreamError
 
 Watcher = Callable[["Cell"], None]
 
@@ -123,15 +123,23 @@ class Cell:
                     watchers.remove(watcher)
 
     def read(self) -> Any:
-        """The value, or the error raised. Only after the end. Unpickled once; later reads give the same object."""
-        if self._value is _UNREAD:
-            if self._error is not None:
-                raise outcomes.same_kind(self._error)
-            assert self._stored is not None
-            self._value = outcomes.open_stored(self.codec, self.ref, self._stored, self._large)
-            if outcomes.large_part(self._stored) is None:
-                self._stored = self._stored[: self._stored.index(b"\n") + 1]  # the value is enough
-            self._large = None
+        """The value, or the error raised. Only after the end. Every read gives the same value, and a new error."""
+        stored, large = self._stored, self._large  # before `_value`: another thread that sets that cuts these
+        if self._value is not _UNREAD:
+            return self._value
+        if self._error is not None:
+            raise outcomes.same_kind(self._error)
+        assert stored is not None
+        try:
+            value = outcomes.open_stored(self.codec, self.ref, stored, large)
+        except MillstreamError as e:
+            raise e.with_traceback(None)  # noqa: B904 - it is the same one, without how we rebuilt it
+        with _lock:
+            if self._value is _UNREAD:
+                self._value = value
+        if outcomes.large_part(stored) is None:
+            self._stored = stored[: stored.index(b"\n") + 1]  # the value is enough
+        self._large = None
         return self._value
 
     def error(self) -> BaseException | None:

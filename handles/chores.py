@@ -149,6 +149,8 @@ class Chores:
             if upstream is not None and upstream.buffer:
                 await self._hub.sender.ready(upstream)
                 self._hub.sender.flush(upstream)
+            while upstream is not None and self._hub.sender.asks_for_room(upstream, ref.encode()):  # noqa: ASYNC110
+                await asyncio.sleep(ROOM_AFTER_S[0])  # an event would have to be set on the way of every request
             request = self._sending.get(ref.encode())
             if request is not None and request.acknowledged is not None:
                 await asyncio.wait([request.acknowledged])

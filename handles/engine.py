@@ -15,6 +15,7 @@ from millstream.broker import outcomes, scripts
 from millstream.broker.link import Messages
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, MillstreamError
+from millstream.handles.cell import Cell
 from millstream.handles.chores import Chores
 from millstream.handles.deadlines import Deadlines
 from millstream.handles.drops import Drops
@@ -68,7 +69,15 @@ class Engine:
     def join(self, pending: Pending) -> Pending:
         """`pending`, together with whoever waits for the same request already: submit or follow with what this returns."""
         known = self.pending.get(pending.ref)
-        return pending if known is None or known is pending else Several(known, pending)
+        return pending if known is None or known is pending else Several.of(known, pending)
+
+    def cell_of(self, ref: bytes) -> Cell | None:
+        """The cell of a request that this engine waits for already, to be shared. Any thread."""
+        known = self.pending.get(ref)
+        for one in known.pendings if isinstance(known, Several) else (known,):
+            if type(one) is Cell and not one.is_private:
+                return one
+        return None
 
     def give_up(self, route: Route, ref: bytes, error: BaseException) -> None:
         """Fail a request here because another one that it needs will never be on the server. Any thread."""

@@ -64,6 +64,11 @@ def background() -> "Background":
         return _background
 
 
+def is_background(engine: Engine | None) -> bool:
+    """Is this the engine of all synchronous code, and in use?"""
+    return engine is not None and _background is not None and _background.engine is engine and not engine.is_closed
+
+
 class Background:
     """A thread with a loop and an engine."""
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 from millstream.broker.codec import Codec
 from millstream.broker.keys import deployment_tag
 from millstream.broker.outcomes import open_stored
+from millstream.errors import MillstreamError
 from millstream.handles import arguments, context, engines, mapping
 from millstream.handles.arguments import RefTask
 from millstream.handles.cell import Cell
@@ -175,6 +176,8 @@ class _SharedCallFuture(CallFuture):
 
 
 def _settable(error: BaseException) -> BaseException:
+    if isinstance(error, MillstreamError):
+        error.__traceback__ = None  # it would show how we rebuilt it
     # asyncio refuses to set a StopIteration: in a coroutine it would mean "return".
     return RuntimeError(f"the request raised {type(error).__name__}") if isinstance(error, StopIteration) else error
 

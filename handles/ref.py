@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
@@ -13,6 +14,17 @@ from millstream.handles import engines
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 
+_lock = threading.RLock()  # of which engine fills whose cell; one for all refs, so that a forked child can have a new one
+
+
+def _forget_lock() -> None:
+    """In a forked child: a thread of the parent may have held it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
+
 
 class ObjectRef:
     """The future of one request's result.
@@ -23,12 +35,11 @@ class ObjectRef:
     read, it was not pickled nor passed on) is freed when the last reference to it is gone; any other after its TTL.
     """
 
-    __slots__ = ("__weakref__", "_cell", "_engine", "_id", "_is_shared", "_lock")
+    __slots__ = ("__weakref__", "_cell", "_engine", "_id", "_is_shared")
 
     def __init__(self, ref_id: str, cell: Cell | None = None, engine: Engine | None = None) -> None:
         self._id, self._cell, self._engine = ref_id, cell, engine
         self._is_shared = cell is None  # else this process made it, and nobody else knows of it yet
-        self._lock = threading.Lock()
 
     def __del__(self) -> None:
         cell, engine = self._cell, self._engine
@@ -107,7 +118,7 @@ class ObjectRef:
                 future.set_exception(error)
 
         future.set_running_or_notify_cancel()
-        self._followed().on_end(ended)
+        self._followed_off_loop().on_end(ended)  # other threads may wait for it
         return future
 
     # ending and looking
@@ -120,14 +131,14 @@ class ObjectRef:
         replica is replaced. Blocks for one round trip; `await ref.acancel()` does not. BrokerUnavailableError.
         """
         engines.warn_if_on_a_loop("ref.cancel()", "`await ref.acancel()`")
-        self._flushed_elsewhere()
-        return engines.background().run(engines.background().engine.chores.cancel(self._id))
+        background = engines.background()
+        self._flush_to(background.engine)
+        return background.run(background.engine.chores.cancel(self._id))
 
     async def acancel(self) -> bool:
         """As `cancel`, without blocking the loop."""
         engine = engines.current()
-        if self._engine is not None and self._engine is not engine and not self._engine.is_closed:
-            self._engine.resubmit_elsewhere(engine)
+        self._flush_to(engine)
         return await engine.chores.cancel(self._id)
 
     def status(self) -> State:
@@ -136,18 +147,13 @@ class ObjectRef:
         Asks the server. Raises RefNotFoundError, BrokerUnavailableError.
         """
         engines.warn_if_on_a_loop("ref.status()", "`await ref.astatus()`")
-        self._flushed_elsewhere()
-        return engines.background().run(engines.background().engine.chores.state(self._id))
+        background = engines.background()
+        self._flush_to(background.engine)
+        return background.run(background.engine.chores.state(self._id))
 
     async def astatus(self) -> State:
         """As `status`, without blocking the loop."""
         return await engines.current().chores.state(self._id)
-
-    def _flushed_elsewhere(self) -> None:
-        """What a blocked loop of ours has not sent yet is sent by the background's engine, ahead of what follows."""
-        background = engines.background().engine
-        if self._engine is not None and self._engine is not background and not self._engine.is_closed:
-            self._engine.resubmit_elsewhere(background)
 
     # synchronous
 
@@ -181,49 +187,50 @@ class ObjectRef:
 
     def _followed(self) -> Cell:
         """The cell, filled by some engine of this process."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._followed_off_loop()
-        return self._followed_here()
+        return self._followed_off_loop() if engines.running_loop() is None else self._followed_here()
 
     def _followed_here(self) -> Cell:
-        """As `_followed`; if no engine listens (any more), that of the running loop does."""
-        with self._lock:
-            if self._cell is None or not self._is_served():
-                cell = self._move_to(engine := engines.current())
-                engine.chores.follow(engine.route(cell.codec.tag), cell)
+        """The cell, filled by the engine of the running loop, or by that of all threads: any other may end before us."""
+        with _lock:
+            engine, cell = self._engine, self._cell
+            if cell is None or engine is None or (engine.is_closed and not self._has_heard):
+                return self._move_to(engines.current())
+            if self._has_heard or engine.loop is engines.running_loop() or engines.is_background(engine):
                 return cell
-            return self._cell
+            return self._move_to(engines.background().engine)
 
     def _followed_off_loop(self) -> Cell:
-        """As `_followed`, by an engine that goes on while this thread blocks."""
-        with self._lock:
-            engine, cell = self._engine, self._cell
-            is_served = cell is not None and engine is not None and self._is_served()
-            if is_served and (cell.has_ended or engine.loop is not engines.running_loop()):  # type: ignore[union-attr]
-                return cell  # type: ignore[return-value]
-            background = engines.background()
-            cell = self._move_to(background.engine)
-            background.call(background.engine.chores.follow, background.engine.route(cell.codec.tag), cell)
-            return cell
+        """The cell, filled by the engine of all threads, which goes on while this thread blocks."""
+        with _lock:
+            if self._cell is not None and (self._has_heard or engines.is_background(self._engine)):
+                return self._cell
+            return self._move_to(engines.background().engine)
 
-    def _is_served(self) -> bool:
-        """Has the cell been filled, or will it be? Not by an engine that was closed, or whose loop stands still."""
+    @property
+    def _has_heard(self) -> bool:
+        """Has the cell been filled, with an end that is one? A connection that was closed is none."""
         cell, engine = self._cell, self._engine
         assert cell is not None and engine is not None
-        if cell.has_ended:
-            return not (engine.is_closed and cell.was_cut_off)
-        return not engine.is_closed and engine.loop.is_running()
+        return cell.has_ended and not (engine.is_closed and cell.was_cut_off)
 
     def _move_to(self, engine: Engine) -> Cell:
-        """A new cell, to be filled by this engine. It also sends what the former one, now blocked, may not have sent."""
-        if self._engine is not None and not self._engine.is_closed:
-            self._engine.resubmit_elsewhere(engine)
-        self._is_shared = True  # by two engines: which of them may free it?
-        self._engine, self._cell = engine, self._new_cell(engine)
-        return self._cell
-
-    def _new_cell(self, engine: Engine) -> Cell:
+        """A cell that this engine fills. It also sends what the former one, perhaps blocked, may not have sent."""
         tag, local = split_ref(self._id)
-        return Cell(engine.route(tag).codec, local.encode())
+        self._is_shared = True  # by two engines: which of them may free it?
+        cell = engine.cell_of(local.encode())
+        if cell is None:
+            if self._cell is not None and not self._cell.is_matched:
+                self._flush_to(engine)
+            route = engine.route(tag)
+            cell = Cell(route.codec, local.encode())
+            if engine.loop is engines.running_loop():
+                engine.chores.follow(route, cell)
+            else:
+                engine.loop.call_soon_threadsafe(engine.chores.follow, route, cell)
+        self._engine, self._cell = engine, cell
+        return cell
+
+    def _flush_to(self, engine: Engine) -> None:
+        """What our engine has not sent yet (its loop may be blocked) is sent by this one, ahead of what follows."""
+        if self._engine is not None and self._engine is not engine and not self._engine.is_closed:
+            self._engine.resubmit_elsewhere(engine)

@@ -31,11 +31,17 @@ class Several:
 
     __slots__ = ("codec", "is_private", "pendings", "ref", "since")
 
-    def __init__(self, *pendings: Pending) -> None:
-        self.pendings = list(pendings)
-        first = pendings[0]
+    def __init__(self, first: Pending) -> None:
+        self.pendings = [first]
         self.codec, self.ref, self.since = first.codec, first.ref, first.since
         self.is_private = False
+
+    @classmethod
+    def of(cls, known: Pending, another: Pending) -> "Several":
+        """Who waits already, and one more."""
+        several = known if isinstance(known, Several) else cls(known)
+        several.pendings.append(another)
+        return several
 
     @property
     def is_over(self) -> bool:

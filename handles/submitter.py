@@ -69,6 +69,14 @@ class Submitter:
         """Refs that the server does not know yet."""
         return {*route.buffer[::FIELDS], *route.patient[::FIELDS]} if route.buffer or route.patient else set()
 
+    def asks_for_room(self, route: Route, ref: bytes) -> bool:
+        """Was this one sent for as long as it takes, and is not known to have found room yet?"""
+        batches = [batch.requests for batch in route.unacknowledged]
+        for requests in (*batches, route.buffer, route.patient):
+            if ref in requests[::FIELDS]:
+                return b'"patient"' in requests[requests.index(ref) + 3]
+        return False
+
     def unacknowledged(self, route: Route) -> list[Any]:
         """All requests that the server may not have, flat. Any thread."""
         return [part for batch in route.unacknowledged for part in batch.requests] + route.buffer

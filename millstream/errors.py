@@ -37,7 +37,6 @@ class MillstreamError(Exception):
 
 
 def _rebuild(cls: type[MillstreamError], message: str, fields: dict[str, Any]) -> MillstreamError:
-    fields.pop("__notes__", None)
     return cls(message, **fields)
 
 

@@ -136,7 +136,11 @@ class Executor:
         self, attempt: Attempt, body: bytes, values: dict[str, Any] | None
     ) -> tuple[Method, tuple[Any, ...], dict[str, Any], str]:
         """Verify and decode a request. Raises SignatureError, and MillstreamError or TypeError if it cannot be called so."""
-        args, kwargs, *model = self._codec.open("request", attempt.ref, body, attempt.method)
+        try:
+            args, kwargs, *model = self._codec.open("request", attempt.ref, body, attempt.method)
+        except (ImportError, AttributeError) as e:
+            e.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
+            raise
         if values:
             args, kwargs = arguments.fill_in(args, kwargs, values)
         method = self._served.method(attempt.method)
@@ -340,7 +344,9 @@ class Executor:
         if attempt.body[1:2] == b"j":  # a body of any length: it may be what is wrong
             envelope = self._codec.seal_json("error", attempt.ref, remote_errors.describe(error, where=self._where))
         else:
-            envelope = self._codec.seal("error", attempt.ref, remote_errors.capture(error, where=self._where))
+            request = self._ref_prefix + attempt.ref.decode()
+            record = remote_errors.capture(error, where=self._where, request=request)
+            envelope = self._codec.seal("error", attempt.ref, record)
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"failed", envelope)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from millstream.broker.remote_errors import user_traceback
+from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig
 from millstream.replicas.hooks import Hooks
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from millstream.broker.remote_errors import user_traceback
+from millstream.broker.tracebacks import user_traceback
 from millstream.errors import ConfigError
 
 log = logging.getLogger("millstream.replica")

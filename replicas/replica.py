@@ -24,9 +24,9 @@ from millstream.broker.definitions import Definition, max_ongoing
 from millstream.broker.keys import Keys
 from millstream.broker.link import Link, dial
 from millstream.broker.records import Current, ReplicaRecord
-from millstream.broker.remote_errors import user_traceback
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
+from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError
 from millstream.replicas.context import ReplicaContext, inside

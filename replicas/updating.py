@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from millstream.broker.records import Current
-from millstream.broker.remote_errors import user_traceback
+from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig
 from millstream.errors import BrokerUnavailableError
 from millstream.replicas.execution import Executor

@@ -23,7 +23,7 @@ from millstream.broker.codec import codec_for
 from millstream.broker.connection import open_control
 from millstream.broker.definitions import Definition, open_definition
 from millstream.broker.registry import Registry
-from millstream.broker.remote_errors import user_traceback
+from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig, Settings, find_settings
 from millstream.replicas.control import Control, PlainControl
 from millstream.replicas.replica import Birth, Replica

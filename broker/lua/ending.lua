@@ -34,13 +34,14 @@ local function read_notes(ref, stored, keeps_payload)
   return keep_s
 end
 
--- Store the outcome of one request and note whom to tell.
+-- Store the outcome of one request and note whom to tell; for how long it is kept.
 local function conclude(ref, client, header, body, keeps_payload)
   local stored, keep_s = header .. '\n' .. body, ttl_s
   if has_more then keep_s = read_notes(ref, stored, keeps_payload) end
   redis.call('SET', results .. ref, stored, 'EX', keep_s)
   ended[#ended + 1] = ref
   if client ~= '' then tell(client, ref, stored) end
+  return keep_s
 end
 
 local function forget(command, key)

@@ -44,7 +44,10 @@ for position, now_at in ipairs(redis.call('HMGET', open, unpack(refs))) do
     refuse(position, 'missing')
   else
     entries[#entries + 1] = ARGV[i]
-    conclude(refs[position], ARGV[i + 2], ARGV[i + 3] .. ' ' .. place, ARGV[i + 4])
+    local keep_s = conclude(refs[position], ARGV[i + 2], ARGV[i + 3] .. ' ' .. place, ARGV[i + 4])
+    if has_more and string.byte(ARGV[i + 4]) == 64 then -- '@': the value lives as long as what announces it
+      redis.call('EXPIRE', KEYS[9] .. refs[position] .. ':' .. ARGV[i], keep_s)
+    end
   end
 end
 if #entries > 0 then

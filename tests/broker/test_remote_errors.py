@@ -3,12 +3,12 @@
 import errno
 import pickle
 import threading
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from millstream.broker import remote_errors
-from millstream.errors import MillstreamError, ReplicaDiedError, SignatureError, TaskError
+from millstream.errors import MillstreamError, RefNotFoundError, ReplicaDiedError, SignatureError, TaskError
 
 REF_ID = "app.Model~" + "r" * 22
 
@@ -34,6 +34,38 @@ class CannotBeLoaded(Exception):
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(f"{first} and {second}")
+
+
+class WantsKeyword(Exception):
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class WantsKeywordEarly(Exception):
+    def __new__(cls, *, code: int) -> Self:
+        return super().__new__(cls, f"code {code}")
+
+    def __init__(self, *, code: int) -> None:
+        self.code = code
+
+
+class Slotted(Exception):
+    __slots__ = ("code", "lock")
+    code: int
+    lock: Any
+
+
+class SeveralBuiltins(OSError, ValueError):
+    """Its layout is that of its first class."""
+
+
+class OtherWayRound(ValueError, OSError):
+    """Its layout is that of its second class."""
+
+
+class LooksUp(KeyError, AttributeError):
+    """Of two that are no relatives."""
 
 
 class Final(Exception):
@@ -86,7 +118,7 @@ def test_error_tells_request_place_and_remote_traceback() -> None:
     text = str(again)
     assert again.ref_id == REF_ID and REF_ID in text
     assert "replica r-1 of app.Model" in text
-    assert "raise error" in again.remote_traceback and again.remote_traceback in text
+    assert "raise error" in again.remote_traceback and again.remote_traceback.rstrip() in text
     assert text.splitlines()[0] == f"{__name__}.Plain: broken"
 
 
@@ -120,14 +152,134 @@ def test_fields_of_builtin_errors_are_attributes() -> None:
     assert (undecodable.encoding, undecodable.object, undecodable.reason) == ("utf-8", b"\xff", "invalid start byte")
 
 
-@pytest.mark.parametrize("error", [HoldsLock("locked"), CannotBeLoaded("this", "that")])
-def test_error_that_cannot_travel_arrives_as_a_task_error_that_names_it(error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [HoldsLock("locked"), CannotBeLoaded("this", "that"), WantsKeyword(code=3), WantsKeywordEarly(code=3)]
+)
+def test_error_that_cannot_be_pickled_or_built_arrives_as_what_it_is_without_its_constructor(error: Exception) -> None:
     again = travelled(raised(error))
 
-    assert isinstance(again, TaskError) and not isinstance(again, type(error))
-    assert again.cause is None
+    assert isinstance(again, TaskError) and isinstance(again, type(error))
+    assert type(again.cause) is type(error) and again.cause.args == error.args
     assert again.cause_type == f"{__name__}.{type(error).__name__}"
     assert str(error) in str(again) and "raise error" in str(again)
+    assert getattr(again, "code", None) == getattr(error, "code", None)
+    assert not hasattr(again, "lock"), "what of it cannot be pickled is left behind"
+
+
+def test_error_with_slots_keeps_what_is_in_them() -> None:
+    error = Slotted("broken")
+    error.code, error.lock = 7, None
+
+    again = travelled(error)
+
+    assert isinstance(again, Slotted) and isinstance(again, TaskError)
+    assert (again.code, again.lock, again.args) == (7, None, (again.cause,))
+
+
+@pytest.mark.parametrize(
+    "error", [SeveralBuiltins(errno.ENOENT, "gone", "a.txt"), OtherWayRound(errno.ENOENT, "gone"), LooksUp("x")]
+)
+def test_error_of_several_builtin_classes_is_caught_as_each_of_them(error: Exception) -> None:
+    again = travelled(error)
+
+    assert isinstance(again, TaskError)
+    assert all(isinstance(again, cls) for cls in type(error).__mro__)
+    assert getattr(again, "errno", None) == getattr(error, "errno", None)
+
+
+def test_group_is_caught_as_a_group_and_in_its_parts() -> None:
+    inner = ExceptionGroup("inner", [HoldsLock("held"), WantsKeyword(code=3)])
+    again = travelled(raised(ExceptionGroup("outer", [ValueError("bad"), inner])))
+
+    assert isinstance(again, TaskError) and isinstance(again, ExceptionGroup)
+    assert again.message == "outer" and [type(one) for one in again.exceptions] == [ValueError, ExceptionGroup]
+    caught = list[BaseException]()
+    try:
+        raise again
+    except* ValueError as group:
+        caught += group.exceptions
+    except* (HoldsLock, WantsKeyword) as group:
+        (nested,) = group.exceptions
+        caught += nested.exceptions  # type: ignore[union-attr]
+    assert [type(one) for one in caught] == [ValueError, HoldsLock, WantsKeyword]
+    assert "ValueError: bad" in str(again) and "WantsKeyword: code 3" in str(again)
+
+
+def test_group_that_would_end_the_caller_arrives_as_a_task_error() -> None:
+    again = travelled(BaseExceptionGroup("both", [KeyboardInterrupt(), ValueError("bad")]))
+
+    assert type(again).__name__ == "TaskError" and isinstance(again.cause, BaseExceptionGroup)
+
+
+def test_notes_arrive() -> None:
+    error = Plain("broken")
+    error.add_note("while loading the model")
+
+    again = travelled(raised(error))
+
+    assert again.__notes__ == ["while loading the model"]
+    assert "while loading the model" in again.remote_traceback
+
+
+def test_cause_keeps_what_it_was_raised_from() -> None:
+    def fail() -> None:
+        try:
+            try:
+                raise KeyError("first")
+            except KeyError:
+                raise HoldsLock("second")  # noqa: B904 - in the handling of the other, not from it
+        except HoldsLock as e:
+            raise Plain("third") from e
+
+    try:
+        fail()
+    except Plain as e:
+        again = travelled(e)
+
+    second = again.cause.__cause__
+    assert isinstance(second, HoldsLock) and second.__cause__ is None
+    assert isinstance(second.__context__, KeyError) and second.__context__.args == ("first",)
+    assert again.__cause__ is None, "it would be printed twice"
+
+
+def test_suppressed_context_stays_so() -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("first")
+        except KeyError:
+            raise Plain("second") from None
+
+    try:
+        fail()
+    except Plain as e:
+        again = travelled(e)
+
+    assert again.cause.__context__ is None and "first" not in str(again)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x" * 5_000_000), WithFields(7, "x" * 5_000_000), HoldsLock("x" * 5_000_000)]
+)
+def test_huge_message_arrives_with_its_beginning_and_its_end(error: Exception) -> None:
+    captured = remote_errors.capture(raised(error))
+    again = travelled(raised(error))
+
+    assert len(captured) < 300_000
+    assert isinstance(again, type(error)) and getattr(again, "code", 7) == 7
+    assert str(again).startswith(f"{type(error).__module__}.{type(error).__name__}".removeprefix("builtins."))
+    assert "characters left out" in str(again) and "raise error" in str(again)
+
+
+def test_endless_recursion_arrives_in_short() -> None:
+    def recurse() -> None:
+        recurse()
+
+    with pytest.raises(RecursionError) as caught:
+        recurse()
+
+    again = travelled(caught.value)
+    assert isinstance(again, RecursionError)
+    assert "Previous line repeated" in str(again) and len(str(again)) < 10_000
 
 
 def test_error_whose_class_is_unknown_to_the_caller_arrives_as_a_task_error_that_names_it() -> None:
@@ -174,6 +326,44 @@ def test_caught_error_pickles_and_stays_what_it_is() -> None:
     assert isinstance(again, TaskError) and isinstance(again, WithFields)
     assert (again.code, again.ref_id) == (7, REF_ID)
     assert "raise error" in str(again)
+
+
+def test_request_it_was_raised_in_is_named_and_the_one_it_was_raised_for() -> None:
+    inner = "app.Inner~" + "i" * 22
+    error = pickle.loads(remote_errors.capture(raised(Plain("x")), where="replica r-1", request=inner))
+
+    direct, passed_on = remote_errors.rebuild(error, inner), remote_errors.rebuild(error, REF_ID)
+    further = remote_errors.rebuild(pickle.loads(remote_errors.capture(raised(passed_on))), "app.Top~" + "t" * 22)
+
+    assert f"raised in request {inner} (replica r-1); remote traceback:" in str(direct)
+    assert f"raised in request {inner} (replica r-1), on behalf of {REF_ID}; remote traceback:" in str(passed_on)
+    assert f"raised in request {inner} (replica r-1), on behalf of app.Top~" in str(further)
+
+
+def test_error_of_ours_that_code_of_the_user_met_says_where_once() -> None:
+    again = travelled(raised(RefNotFoundError("no such ref", ref_id="x")), where="replica of A")
+    further = travelled(raised(again), where="replica of B")
+
+    assert type(further) is RefNotFoundError and further.ref_id == "x" and str(further) == "no such ref"
+    (note,) = further.__notes__
+    assert "replica of A" in note and "raise error" in note
+
+
+def test_error_before_any_code_of_the_user_shows_no_frames_of_ours() -> None:
+    error = TypeError("takes 1 positional argument").with_traceback(traceback_of_ours())
+
+    again = travelled(error)
+
+    assert "File" not in str(again) and "Traceback" not in str(again)
+    assert again.remote_traceback == "TypeError: takes 1 positional argument\n"
+
+
+def traceback_of_ours() -> Any:
+    """A traceback that consists of frames of ours."""
+    try:
+        remote_errors.rebuild({"type": 1, "text": "", "traceback": "", "where": ""}, REF_ID)
+    except Exception as e:
+        return e.__traceback__ and e.__traceback__.tb_next
 
 
 def test_errors_of_ours_arrive_as_they_are() -> None:

@@ -1,6 +1,7 @@
 """What a process knows of one request: filled once, read by anybody."""
 
 import asyncio
+import sys
 import threading
 from typing import Any
 
@@ -35,12 +36,31 @@ def test_cell_is_filled_once() -> None:
     assert cell.ref_id == "app.Model~" + "r" * 22
 
 
-def test_value_is_unpickled_once() -> None:
+def test_every_read_gives_the_same_value() -> None:
     cell = new_cell()
     cell.settle(stored([1]))
 
     assert cell.read() is cell.read()
     assert cell.error() is None
+
+
+def test_value_is_read_by_several_threads_at_once() -> None:
+    cells = [new_cell() for _ in range(300)]
+    for cell in cells:
+        cell.settle(stored(1))
+    values: list[int] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda: values.extend(cell.read() for cell in cells)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+
+    assert values == [1] * 1800
 
 
 def test_match_comes_before_the_end_and_the_end_is_a_match() -> None:

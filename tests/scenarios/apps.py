@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from millstream import serve
 from millstream.handles.handle import DeploymentHandle
+from millstream.handles.ref import ObjectRef
+from millstream.replicas.finisher import Finisher
 
 
 @serve.deployment
@@ -37,6 +40,16 @@ class Worker:
             time.sleep(0.005)
         return name, os.getpid()
 
+    async def note(self, name: str, *values: object) -> object:
+        """Leave a line, and return what was given."""
+        self._note(name)
+        return values
+
+    async def await_inside(self, name: str, refs: list[ObjectRef]) -> object:
+        """As `note`, for refs that it reads itself."""
+        self._note(name)
+        return [await ref for ref in refs]
+
     async def speak(self, text: str) -> None:
         print(text)
         print(text.upper(), file=sys.stderr)
@@ -44,6 +57,21 @@ class Worker:
     def _note(self, name: str) -> None:
         with open(self._ledger, "a") as file:
             file.write(f"{name} {os.getpid()}\n")
+
+
+@serve.deployment
+class DiesBeforeItSupplies:
+    """Its replica is killed when the server has its result, and nobody has told those who wait for it."""
+
+    async def hold(self, value: object, until: str) -> object:
+        while not os.path.exists(until):  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.005)
+        Finisher._supply = _die  # type: ignore[method-assign, assignment]
+        return value
+
+
+async def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @serve.deployment
