@@ -170,31 +170,71 @@ def submit(keys: DeploymentKeys, client: str, requests: Sequence[Any]) -> Call[d
     )
 
 
+class Held(NamedTuple):
+    """A request that waits for refs, for `delay_ms` to pass, or for `due_ms` on the server's clock."""
+
+    ref: bytes
+    lane: Any
+    method: bytes
+    extras: bytes
+    envelope: bytes
+    delay_ms: int
+    due_ms: int
+    depends_on: Iterable[str]
+
+
+def hold_all(keys: DeploymentKeys, client: str, requests: Iterable[Held]) -> Call[list[Submitted]]:
+    """Answers for each what it was: NEW, OPEN, DONE or MISSING."""
+    arguments: list[Any] = [client, REPAIR_AFTER_MS]
+    for request in requests:
+        depends_on = [*request.depends_on]
+        arguments += (*request[:7], len(depends_on), *depends_on)
+    return Call(
+        script("hold"),
+        (
+            keys.config, keys.open, keys.result_prefix, keys.held_prefix, keys.parked, keys.due,
+            keys.notes, keys.deadlines, keys.payload_prefix,
+        ),
+        arguments,
+        lambda reply: [Submitted(answer.decode()) for answer in reply],
+    )  # fmt: skip
+
+
 def hold(
     keys: DeploymentKeys, client: str, ref: bytes, lane: str, method: bytes, envelope: bytes,
     *, extras: bytes = b"", delay_ms: int = 0, due_ms: int = 0, depends_on: Iterable[str] = (),
 ) -> Call[Submitted]:  # fmt: skip
-    """A request that waits for refs, for `delay_ms` to pass, or for `due_ms` on the server's clock."""
-    local = ref.decode()
-    return Call(
-        script("hold"),
-        (
-            keys.config, keys.open, keys.result(local), keys.held(local), keys.parked, keys.due,
-            keys.notes, keys.deadlines, keys.payload_prefix,
-        ),
-        (client, ref, lane, method, extras, envelope, delay_ms, due_ms, REPAIR_AFTER_MS, *dict.fromkeys(depends_on)),
-        lambda reply: Submitted(reply.decode()),
-    )  # fmt: skip
+    """As `hold_all`, of one request."""
+    call = hold_all(keys, client, [Held(ref, lane, method, extras, envelope, delay_ms, due_ms, depends_on)])
+    return Call(call.script, call.keys, call.arguments, lambda reply: call.read(reply)[0])
 
 
-def supply(keys: DeploymentKeys, ref: str, value_id: str, stored: bytes, keep: Iterable[str] = ()) -> Call[Supplied]:
-    """`keep`: keys, also of other slots, that must live until the request has ended."""
+class Value(NamedTuple):
+    """The value of a ref, for a parked request; with keys, also of other slots, that must live until that has ended."""
+
+    waiter: str
+    value_id: str
+    stored: bytes
+    keep: Iterable[str] = ()
+
+
+def supply_all(keys: DeploymentKeys, values: Iterable[Value]) -> Call[list[Supplied]]:
+    arguments: list[Any] = []
+    for value in values:
+        kept = [*value.keep]
+        arguments += (*value[:3], len(kept), *kept)
     return Call(
         script("supply"),
         (keys.open, keys.parked, keys.due, keys.held_prefix, keys.prefix, keys.holds),
-        (ref, value_id, stored, *keep),
-        lambda reply: Supplied(reply.decode()),
+        arguments,
+        lambda reply: [Supplied(answer.decode()) for answer in reply],
     )
+
+
+def supply(keys: DeploymentKeys, ref: str, value_id: str, stored: bytes, keep: Iterable[str] = ()) -> Call[Supplied]:
+    """As `supply_all`, of one value."""
+    call = supply_all(keys, [Value(ref, value_id, stored, keep)])
+    return Call(call.script, call.keys, call.arguments, lambda reply: call.read(reply)[0])
 
 
 def keep(same_slot: Sequence[str], ttl_ms: int = HOLD_MS) -> Call[int]:
@@ -326,9 +366,15 @@ def hand_back(keys: DeploymentKeys, lane: str, target: str, entries: Iterable[by
     return Call(script("hand_back"), (keys.lane(lane), keys.lane(target), keys.open), (target, *entries), int)
 
 
-def watch(keys: DeploymentKeys, how: str, who: str, refs: Sequence[Any]) -> Call[list[bytes]]:
+def watch(keys: DeploymentKeys, how: str, who: str, refs: Iterable[Any]) -> Call[list[bytes]]:
     """Per ref: its stored result, b"open" or b"unknown". `how`: "readers", "waiters" or "" (only look)."""
-    return Call(script("watch"), (keys.open, keys.result_prefix, keys.notes), (how, who, *refs), lambda reply: reply)
+    return watch_all(keys, how, [(ref, who) for ref in refs])
+
+
+def watch_all(keys: DeploymentKeys, how: str, pairs: Iterable[tuple[Any, str]]) -> Call[list[bytes]]:
+    """As `watch`, for pairs of a ref and who waits for it."""
+    flat = [part for pair in pairs for part in pair]
+    return Call(script("watch"), (keys.open, keys.result_prefix, keys.notes), (how, *flat), lambda reply: reply)
 
 
 def place(keys: DeploymentKeys, ref: str) -> Call[State | None]:

@@ -19,43 +19,60 @@ local function tell(client, ref, stored)
   box[#box + 1] = '$' .. #ref .. '\r\n' .. ref .. '\r\n$' .. #stored .. '\r\n' .. stored .. '\r\n'
 end
 
--- Whom to tell, who waits, and what to delete; the time that the result must be kept.
-local function read_notes(ref, stored, keeps_payload)
-  local noted = redis.call('HMGET', notes, ref .. ':readers', ref .. ':waiters', ref .. ':payload')
-  local keep_s = ttl_s
-  for reader in string.gmatch(noted[1] or '', '%S+') do tell(reader, ref, stored) end
-  for waiter in string.gmatch(noted[2] or '', '%S+') do
-    waiters[#waiters + 1] = ref
-    waiters[#waiters + 1] = waiter
-    keep_s = math.max(ttl_s, WAITED_FOR_S)
+local notes_of, noted_fields = {}, {}
+
+-- Read the notes of many refs at once; `conclude` reads those of one itself.
+local function read_notes_of(refs)
+  for first = 1, has_more and #refs or 0, MOST do
+    local fields, count = {}, math.min(MOST, #refs - first + 1)
+    for i = first, first + count - 1 do
+      fields[#fields + 1] = refs[i] .. ':readers'
+      fields[#fields + 1] = refs[i] .. ':waiters'
+      fields[#fields + 1] = refs[i] .. ':payload'
+    end
+    local found = redis.call('HMGET', notes, unpack(fields))
+    for i = 0, count - 1 do notes_of[refs[first + i]] = { found[3 * i + 1], found[3 * i + 2], found[3 * i + 3] } end
   end
-  if noted[3] and not keeps_payload then redis.call('UNLINK', payloads .. ref) end
-  redis.call('HDEL', notes, ref .. ':readers', ref .. ':waiters', ref .. ':payload')
-  return keep_s
 end
 
--- Store the outcome of one request and note whom to tell; for how long it is kept.
+-- Whom to tell, who waits, and what to delete; the time that the result must be kept.
+local function use_notes(ref, stored, keeps_payload)
+  if not notes_of[ref] then read_notes_of({ ref }) end
+  local readers, waiting, payload = unpack(notes_of[ref], 1, 3)
+  notes_of[ref] = {} -- once, also of a ref that is named twice
+  if not (readers or waiting or payload) then return ttl_s end
+  for reader in string.gmatch(readers or '', '%S+') do tell(reader, ref, stored) end
+  for waiter in string.gmatch(waiting or '', '%S+') do
+    waiters[#waiters + 1] = ref
+    waiters[#waiters + 1] = waiter
+  end
+  if payload and not keeps_payload then redis.call('UNLINK', payloads .. ref) end
+  for _, name in ipairs({ ':readers', ':waiters', ':payload' }) do noted_fields[#noted_fields + 1] = ref .. name end
+  return waiting and math.max(ttl_s, WAITED_FOR_S) or ttl_s
+end
+
+-- Store the outcome of one request and note whom to tell.
 local function conclude(ref, client, header, body, keeps_payload)
   local stored, keep_s = header .. '\n' .. body, ttl_s
-  if has_more then keep_s = read_notes(ref, stored, keeps_payload) end
+  if has_more then keep_s = use_notes(ref, stored, keeps_payload) end
   redis.call('SET', results .. ref, stored, 'EX', keep_s)
   ended[#ended + 1] = ref
   if client ~= '' then tell(client, ref, stored) end
-  return keep_s
 end
 
-local function forget(command, key)
-  for first = 1, #ended, MOST do
-    redis.call(command, key, unpack(ended, first, math.min(first + MOST - 1, #ended)))
+local function forget(command, key, members)
+  for first = 1, #members, MOST do
+    redis.call(command, key, unpack(members, first, math.min(first + MOST - 1, #members)))
   end
 end
 
 -- Forget what was concluded, and send each client one message: a RESP array of ref, stored, ref, stored, ...
 local function publish()
-  forget('HDEL', open)
+  forget('HDEL', open, ended)
   if has_more then
-    forget('ZREM', deadlines)
-    forget('HDEL', holds)
+    forget('HDEL', notes, noted_fields)
+    forget('ZREM', deadlines, ended)
+    forget('HDEL', holds, ended)
   end
   for client, box in pairs(outbox) do
     redis.call('SPUBLISH', replies .. client, '*' .. #box * 2 .. '\r\n' .. table.concat(box))

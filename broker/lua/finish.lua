@@ -35,6 +35,7 @@ local function lacks_value(ref, entry, envelope)
   return redis.call('EXPIRE', KEYS[9] .. ref .. ':' .. entry, math.max(ttl_s, WAITED_FOR_S)) == 0
 end
 
+read_notes_of(refs)
 for position, now_at in ipairs(redis.call('HMGET', open, unpack(refs))) do
   local i = position * 5 - 2
   local place = prefix .. ARGV[i]
@@ -44,10 +45,7 @@ for position, now_at in ipairs(redis.call('HMGET', open, unpack(refs))) do
     refuse(position, 'missing')
   else
     entries[#entries + 1] = ARGV[i]
-    local keep_s = conclude(refs[position], ARGV[i + 2], ARGV[i + 3] .. ' ' .. place, ARGV[i + 4])
-    if has_more and string.byte(ARGV[i + 4]) == 64 then -- '@': the value lives as long as what announces it
-      redis.call('EXPIRE', KEYS[9] .. refs[position] .. ':' .. ARGV[i], keep_s)
-    end
+    conclude(refs[position], ARGV[i + 2], ARGV[i + 3] .. ' ' .. place, ARGV[i + 4])
   end
 end
 if #entries > 0 then

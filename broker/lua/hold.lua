@@ -1,39 +1,90 @@
 #!lua
--- hold: unknown -> parked (some arguments have no value yet) | delayed. Twice is as once.
--- KEYS  1 config  2 open  3 result  4 held  5 parked  6 due  7 notes  8 deadlines  9 payload prefix
--- ARGV  1 client  2 ref  3 lane  4 method  5 extras (as of submit)  6 envelope  7 delay_ms  8 due_ms, at the earliest
---       9 repair_after_ms   then ref ids it depends on
--- reply "new" | "open" | "done" | "missing" (its payload). Errors NODEPLOYMENT (no config), TOOMANYREFS, BADREQUEST
--- (arguments that make no sense): nothing was written
-local open, held, ref = KEYS[2], KEYS[4], ARGV[2]
+-- hold: unknown -> parked (some arguments have no value yet) | delayed, for each request. Twice is as once.
+-- KEYS  1 config  2 open  3 result prefix  4 held prefix  5 parked  6 due  7 notes  8 deadlines  9 payload prefix
+-- ARGV  1 client  2 repair_after_ms   then per request: ref, lane, method, extras (as of submit), envelope, delay_ms,
+--       due_ms (at the earliest), number of refs it depends on, their ids
+-- reply per request "new" | "open" | "done" | "missing" (its payload). Errors NODEPLOYMENT (no config), TOOMANYREFS,
+-- BADREQUEST (arguments that make no sense): nothing was written
+local open, client, repair_ms = KEYS[2], ARGV[1], nil
 local config = redis.call('HMGET', KEYS[1], 'max_attempts', 'timeout_ms')
 if not config[1] then return redis.error_reply('NODEPLOYMENT this deployment does not exist') end
 local notes, deadlines, payloads, default_timeout_ms = KEYS[7], KEYS[8], KEYS[9], tonumber(config[2] or nil)
 --include extras
--- All values end up in one entry, two arguments per value and a few more.
-if #ARGV - 9 > MOST then return redis.error_reply('TOOMANYREFS a request can wait for 3900 refs at most') end
-local extras, delay_ms, at_ms, repair_ms = read_extras(ARGV[5]), finite(ARGV[7]), finite(ARGV[8]), finite(ARGV[9])
-if not LANES[ARGV[3]] then return redis.error_reply('BADREQUEST there is no lane ' .. ARGV[3]) end
-if not extras then return redis.error_reply('BADREQUEST extras ' .. string.sub(ARGV[5], 1, 200)) end
-if not (delay_ms and at_ms and repair_ms) then return redis.error_reply('BADREQUEST times are numbers of ms') end
-if redis.call('HEXISTS', open, ref) == 1 then
-  keep_payload(ref, extras)
-  return 'open'
+repair_ms = finite(ARGV[2])
+local requests, refs, result_keys, i = {}, {}, {}, 3
+while i <= #ARGV do
+  local count = finite(ARGV[i + 7])
+  local request = {
+    ref = ARGV[i], lane = ARGV[i + 1], method = ARGV[i + 2], extras = read_extras(ARGV[i + 3] or '-'),
+    envelope = ARGV[i + 4], delay_ms = finite(ARGV[i + 5]), due_ms = finite(ARGV[i + 6]), first = i + 8, count = count,
+  }
+  if not LANES[request.lane] then return redis.error_reply('BADREQUEST there is no lane ' .. tostring(request.lane)) end
+  if not request.extras then return redis.error_reply('BADREQUEST extras ' .. string.sub(ARGV[i + 3] or '', 1, 200)) end
+  if not (request.delay_ms and request.due_ms and repair_ms and count and count >= 0 and i + 7 + count <= #ARGV) then
+    return redis.error_reply('BADREQUEST times are numbers of ms, and as many refs follow as is said')
+  end
+  -- All values end up in one entry, two arguments per value and a few more.
+  if count > MOST then return redis.error_reply('TOOMANYREFS a request can wait for 3900 refs at most') end
+  requests[#requests + 1] = request
+  refs[#refs + 1] = request.ref
+  result_keys[#result_keys + 1] = KEYS[3] .. request.ref
+  i = i + 8 + count
 end
-if redis.call('EXISTS', KEYS[3]) == 1 then return 'done' end
-local more = extra_fields(ref, extras)
-if not more then return 'missing' end
-redis.call('HSET', held, 'ref', ref, 'method', ARGV[4], 'reply', ARGV[1], 'body', ARGV[6], 'lane', ARGV[3], unpack(more))
-local due_ms = math.max(clock() + delay_ms, at_ms)
-if due_ms > clock() then redis.call('HSET', held, 'due_ms', string.format('%.0f', due_ms)) end
-if #ARGV > 9 then
-  local missing = 0 -- a ref that is named twice is one
-  for i = 10, #ARGV do missing = missing + redis.call('HSET', held, 'dep:' .. ARGV[i], '') end
-  redis.call('HSET', held, 'missing', missing)
-  redis.call('HSET', open, ref, 'parked')
-  redis.call('ZADD', KEYS[5], clock() + repair_ms, ref)
-else
-  redis.call('HSET', open, ref, 'delayed')
-  redis.call('ZADD', KEYS[6], due_ms, ref)
+if #requests > MOST then return redis.error_reply('BADREQUEST 3900 requests at most') end
+
+local is_open = redis.call('HMGET', open, unpack(refs))
+local has_ended = redis.call('EXISTS', unpack(result_keys)) > 0
+local places, parked, due, seen = {}, {}, {}, {}
+
+-- The fields of a request, and what is missing: a ref that is named twice is one.
+local function hold(request, more)
+  local held = {
+    'ref', request.ref, 'method', request.method, 'reply', client, 'body', request.envelope, 'lane', request.lane,
+    unpack(more),
+  }
+  local function add(name, value)
+    held[#held + 1] = name
+    held[#held + 1] = value
+  end
+  local due_ms, missing, named = 0, 0, {}
+  if request.delay_ms > 0 or request.due_ms > 0 then due_ms = math.max(clock() + request.delay_ms, request.due_ms) end
+  if due_ms > clock() then add('due_ms', string.format('%.0f', due_ms)) end
+  for k = request.first, request.first + request.count - 1 do
+    if not named[ARGV[k]] then
+      named[ARGV[k]] = true
+      missing = missing + 1
+      add('dep:' .. ARGV[k], '')
+    end
+  end
+  if missing > 0 then add('missing', missing) end
+  redis.call('HSET', KEYS[4] .. request.ref, unpack(held))
+  places[#places + 1] = request.ref
+  places[#places + 1] = missing > 0 and 'parked' or 'delayed'
+  local scores = missing > 0 and parked or due
+  scores[#scores + 1] = string.format('%.0f', missing > 0 and clock() + repair_ms or math.max(due_ms, clock()))
+  scores[#scores + 1] = request.ref
 end
-return 'new'
+
+local answers = {}
+for position, request in ipairs(requests) do
+  local answer = 'new'
+  if is_open[position] or seen[request.ref] then
+    keep_payload(request.ref, request.extras)
+    answer = 'open'
+  elseif has_ended and redis.call('EXISTS', KEYS[3] .. request.ref) == 1 then
+    answer = 'done'
+  else
+    local more = extra_fields(request.ref, request.extras)
+    if more then
+      hold(request, more)
+      seen[request.ref] = true
+    else
+      answer = 'missing'
+    end
+  end
+  answers[position] = answer
+end
+if #places > 0 then redis.call('HSET', open, unpack(places)) end
+if #parked > 0 then redis.call('ZADD', KEYS[5], unpack(parked)) end
+if #due > 0 then redis.call('ZADD', KEYS[6], unpack(due)) end
+return answers

@@ -1,26 +1,51 @@
 #!lua flags=allow-oom
--- supply: one value for a parked request; the last one takes it parked -> queued (or delayed). Once per ref and waiter.
+-- supply: values for parked requests; the last one takes a request parked -> queued (or delayed). Once per ref and waiter.
 -- KEYS  1 open  2 parked  3 due  4 held prefix  5 lane prefix  6 holds
--- ARGV  1 ref  2 ref id of the value  3 the value as stored   then keys that must live until the request has ended
--- reply "queued" | "delayed" | "parked" (others are missing) | "gone" (not parked any more, or supplied before)
+-- ARGV  per value: ref, ref id of the value, the value as stored, number of keys that must live until the request has
+--       ended, those keys
+-- reply per value "queued" | "delayed" | "parked" (others are missing) | "gone" (not parked any more, or supplied before)
 local open, held_prefix, lane_prefix = KEYS[1], KEYS[4], KEYS[5]
-local ref, held, field = ARGV[1], KEYS[4] .. ARGV[1], 'dep:' .. ARGV[2]
-if redis.call('HGET', held, field) ~= '' then return 'gone' end
 --include promoting
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('HSET', held, field, ARGV[3])
-if #ARGV > 3 then
+local unparked, delayed, answers, gone = {}, {}, {}, {}
+
+local function keep(ref, first, count)
+  if count == 0 then return end
   local before = redis.call('HGET', KEYS[6], ref) or string.format('%.0f', now_ms)
-  redis.call('HSET', KEYS[6], ref, before .. ' ' .. table.concat(ARGV, ' ', 4))
+  redis.call('HSET', KEYS[6], ref, before .. ' ' .. table.concat(ARGV, ' ', first, first + count - 1))
 end
-if redis.call('HINCRBY', held, 'missing', -1) > 0 then return 'parked' end
-redis.call('ZREM', KEYS[2], ref)
-local due_ms = tonumber(redis.call('HGET', held, 'due_ms') or '0')
-if due_ms > now_ms then
-  redis.call('HSET', open, ref, 'delayed')
-  redis.call('ZADD', KEYS[3], due_ms, ref)
-  return 'delayed'
+
+local function supply(ref, field, stored)
+  local held = held_prefix .. ref
+  local value, missing, due_ms = unpack(redis.call('HMGET', held, field, 'missing', 'due_ms'))
+  if value ~= '' or gone[ref] then return 'gone' end
+  if tonumber(missing) > 1 then
+    redis.call('HSET', held, field, stored, 'missing', missing - 1)
+    return 'parked'
+  end
+  unparked[#unparked + 1] = ref
+  if due_ms and tonumber(due_ms) > now_ms then
+    redis.call('HSET', held, field, stored, 'missing', 0)
+    redis.call('HSET', open, ref, 'delayed')
+    delayed[#delayed + 1] = due_ms
+    delayed[#delayed + 1] = ref
+    return 'delayed'
+  end
+  promote(ref, field, stored)
+  gone[ref] = true
+  return 'queued'
 end
-promote(ref)
-return 'queued'
+
+local i = 1
+while i <= #ARGV do
+  local count = tonumber(ARGV[i + 3])
+  local answer = supply(ARGV[i], 'dep:' .. ARGV[i + 1], ARGV[i + 2])
+  if answer ~= 'gone' then keep(ARGV[i], i + 4, count) end
+  answers[#answers + 1] = answer
+  i = i + 4 + count
+end
+if #unparked > 0 then redis.call('ZREM', KEYS[2], unpack(unparked)) end
+if #delayed > 0 then redis.call('ZADD', KEYS[3], unpack(delayed)) end
+settle_promoted()
+return answers

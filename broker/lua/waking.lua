@@ -8,3 +8,4 @@ for _, ref in ipairs(due_now) do
   redis.call('ZREM', due, ref)
   if redis.call('EXISTS', held_prefix .. ref) == 1 then promote(ref) end
 end
+settle_promoted()

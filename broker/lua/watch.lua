@@ -1,27 +1,38 @@
 #!lua flags=allow-oom
--- watch: what became of some refs; those still open are noted for `who`, whom their end will be told. Twice is as once.
+-- watch: what became of some refs; those still open are noted for somebody whom their end will be told. Twice is as once.
 -- KEYS  1 open  2 result prefix  3 notes
--- ARGV  1 "readers" | "waiters" | "" (only look)  2 who   then refs
+-- ARGV  1 "readers" | "waiters" | "" (only look)   then per ref: ref, who ("" if only looked at)
 -- reply per ref: the stored result | "open" | "unknown"
-local function note(ref)
-  local field = ref .. ':' .. ARGV[1]
-  local noted = redis.call('HGET', KEYS[3], field) or ''
-  if not string.find(noted .. ' ', ' ' .. ARGV[2] .. ' ', 1, true) then
-    redis.call('HSET', KEYS[3], field, noted .. ' ' .. ARGV[2])
+if #ARGV < 3 then return {} end
+local keys, refs = {}, {}
+for i = 2, #ARGV, 2 do
+  refs[#refs + 1] = ARGV[i]
+  keys[#keys + 1] = KEYS[2] .. ARGV[i]
+end
+local answers, open, fields = redis.call('MGET', unpack(keys)), nil, {}
+for position, stored in ipairs(answers) do
+  if not stored then
+    open = open or redis.call('HMGET', KEYS[1], unpack(refs))
+    answers[position] = open[position] and 'open' or 'unknown'
+    if open[position] then fields[#fields + 1] = refs[position] .. ':' .. ARGV[1] end
   end
 end
+if ARGV[1] == '' or #fields == 0 then return answers end
 
-local answers = {}
-for i = 3, #ARGV do
-  local ref = ARGV[i]
-  local stored = redis.call('GET', KEYS[2] .. ref)
-  if stored then
-    answers[#answers + 1] = stored
-  elseif redis.call('HEXISTS', KEYS[1], ref) == 1 then
-    answers[#answers + 1] = 'open'
-    if ARGV[1] ~= '' then note(ref) end
-  else
-    answers[#answers + 1] = 'unknown'
+local noted, number = {}, 0
+local before = redis.call('HMGET', KEYS[3], unpack(fields))
+for position, answer in ipairs(answers) do
+  if answer == 'open' then
+    number = number + 1
+    local field, who = fields[number], ' ' .. ARGV[position * 2 + 1]
+    local names = noted[field] or before[number] or ''
+    if not string.find(names .. ' ', who .. ' ', 1, true) then noted[field] = names .. who end
   end
 end
+local flat = {}
+for field, names in pairs(noted) do
+  flat[#flat + 1] = field
+  flat[#flat + 1] = names
+end
+if #flat > 0 then redis.call('HSET', KEYS[3], unpack(flat)) end
 return answers

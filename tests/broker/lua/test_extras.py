@@ -249,8 +249,7 @@ async def test_times_that_are_no_numbers_are_refused_and_write_nothing(
 async def test_ref_that_a_foreign_caller_names_twice_is_waited_for_once(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
     ref = new_ref()
-    call = scripts.hold(keys, CALLER, ref.encode(), "low", b"m", BODY)
-    twice = Call(call.script, call.keys, (*call.arguments, A, A), call.read)
+    twice = scripts.hold(keys, CALLER, ref.encode(), "low", b"m", BODY, depends_on=[A, A])
 
     assert await run(redis, twice) == Submitted.NEW
 
