@@ -4,8 +4,8 @@ Whoever ends a request does this at once (replica, launcher, caller); what a cra
 sweeper finds. Every step may run twice.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from millstream.broker import outcomes, remote_errors, scripts
 from millstream.broker.codec import Codec, codec_for
@@ -14,7 +14,16 @@ from millstream.broker.scripts import Waiter
 from millstream.config import Settings
 
 Run = Callable[[scripts.Call[Any]], Awaitable[Any]]
+AT_ONCE = 100  # values per call: each is an entry to be added
 FAILED_TTL_S = 3600  # of a request failed by one it depends on; its own deployment's setting is not at hand
+
+
+class Outcome(NamedTuple):
+    """How a request has ended (`stored` is what lies under its result key), for one that waits for it."""
+
+    ref_id: str
+    waiter_id: str
+    stored: bytes
 
 
 class Supplier:
@@ -38,24 +47,43 @@ class Supplier:
             (stored,) = await self._run(scripts.watch(self._keys.deployment(tag), "", "", [ref]))
             if stored == b"open":
                 return
-        todo = [(ref_id, waiter_id, stored) for waiter_id in waiter_ids]
-        while todo:
-            upstream_id, waiter_id, outcome = todo.pop()
-            waiter_tag, waiter = split_ref(waiter_id)
-            keys = self._keys.deployment(waiter_tag)
-            if outcome[:9] == b"succeeded" and (keep := await self._keep(upstream_id, outcome)) is not None:
-                await self._run(scripts.supply(keys, waiter, upstream_id, outcome, keep))
-                continue
-            if outcome[:9] == b"succeeded":
-                outcome = b"unknown"  # its large value has expired
-            envelope = self._codec(waiter_tag).seal("error", waiter.encode(), self._error(upstream_id, outcome))
-            further = await self._run(scripts.reject(keys, waiter, FAILED_TTL_S, envelope))
-            todo += [(waiter_id, again.waiter_id, b"failed - -\n" + envelope) for again in further]
+        await self.hand_on([Outcome(ref_id, waiter_id, stored) for waiter_id in waiter_ids])
 
-    async def supply_all(self, tag: str, waiters: Iterable[Waiter]) -> None:
-        """Hand what has just ended in one deployment to those who wait for it."""
-        for waiter in waiters:
-            await self.supply(f"{tag}~{waiter.ref.decode()}", [waiter.waiter_id])
+    async def supply_all(
+        self, tag: str, waiters: Iterable[Waiter], stored: Mapping[bytes, bytes] | None = None
+    ) -> None:
+        """Hand what has just ended in one deployment to those who wait for it; `stored` per ref, where it is at hand."""
+        if stored is None:
+            for waiter in waiters:
+                await self.supply(f"{tag}~{waiter.ref.decode()}", [waiter.waiter_id])
+        else:
+            await self.hand_on([Outcome(f"{tag}~{w.ref.decode()}", w.waiter_id, stored[w.ref]) for w in waiters])
+
+    async def hand_on(self, todo: list[Outcome]) -> None:
+        """Hand outcomes to parked requests: values in one call per deployment, failures one by one, and to their waiters."""
+        values: dict[str, list[scripts.Value]] = {}
+        failed: list[Outcome] = []
+        for one in todo:
+            keep = await self._keep(one.ref_id, one.stored) if one.stored[:9] == b"succeeded" else None
+            if keep is not None:
+                waiter_tag, waiter = split_ref(one.waiter_id)
+                values.setdefault(waiter_tag, []).append(scripts.Value(waiter, one.ref_id, one.stored, keep))
+            else:
+                failed.append(one)
+        for tag, batch in values.items():
+            for start in range(0, len(batch), AT_ONCE):
+                await self._run(scripts.supply_all(self._keys.deployment(tag), batch[start : start + AT_ONCE]))
+        while failed:
+            failed += await self._fail(failed.pop())
+
+    async def _fail(self, one: Outcome) -> list[Outcome]:
+        """Fail a waiter with the error of what it waits for; what that means for its own waiters."""
+        stored = b"unknown" if one.stored[:9] == b"succeeded" else one.stored  # its large value has expired
+        tag, waiter = split_ref(one.waiter_id)
+        envelope = self._codec(tag).seal("error", waiter.encode(), self._error(one.ref_id, stored))
+        call = scripts.reject(self._keys.deployment(tag), waiter, FAILED_TTL_S, envelope)
+        further = await self._run(call)
+        return [Outcome(one.waiter_id, again.waiter_id, b"failed - -\n" + envelope) for again in further]
 
     async def _keep(self, ref_id: str, stored: bytes) -> list[str] | None:
         """The keys that a dependant of this value needs beside it, kept for an hour from now; None if they are gone.

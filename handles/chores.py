@@ -15,6 +15,7 @@ from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
 from millstream.errors import BrokerUnavailableError, MillstreamError, RequestTimeoutError
 from millstream.handles.cell import Cell
+from millstream.handles.holding import Holding
 from millstream.handles.hub import Hub
 from millstream.handles.lines import PATIENCE_S
 from millstream.handles.route import Pending, Request, Route
@@ -33,6 +34,7 @@ class Chores:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sending: dict[bytes, Request] = {}
         self._fetching: set[bytes] = set()
+        self._holding = Holding(hub, self._sending, self.held, self.send_with_patience, self._supplier)
 
     def start(self, chore: Coroutine[Any, Any, Any]) -> None:
         task = self._hub.loop.create_task(chore)
@@ -65,8 +67,21 @@ class Chores:
         """Send a request that takes more than one step. It is matched when the server holds it, or as `submit` says."""
         self._hub.pending[request.pending.ref] = request.pending
         self._hub.sender.sent += 1
-        request.acknowledged = self._hub.loop.create_future()
         self._sending[request.pending.ref] = request
+        if request.must_wait and request.payload is None:
+            self._holding.send(request)
+        else:
+            self.start(self._send(request))
+
+    def held(self, request: Request) -> None:
+        """The server holds it."""
+        request.acknowledge()
+        self._sending.pop(request.pending.ref, None)
+        request.pending.match()
+        self._wake_when_due(request)
+
+    def send_with_patience(self, request: Request) -> None:
+        """Holding it in one go did not work out: step by step, then, and again after a reconnect."""
         self.start(self._send(request))
 
     async def _send(self, request: Request) -> None:
@@ -90,7 +105,7 @@ class Chores:
         try:
             await self._until_acknowledged(route, pending, step)
         finally:
-            del self._sending[pending.ref]
+            self._sending.pop(pending.ref, None)
             request.acknowledge()
 
     async def _offer(self, request: Request) -> Submitted | None:
@@ -152,8 +167,8 @@ class Chores:
             while upstream is not None and self._hub.sender.asks_for_room(upstream, ref.encode()):  # noqa: ASYNC110
                 await asyncio.sleep(ROOM_AFTER_S[0])  # an event would have to be set on the way of every request
             request = self._sending.get(ref.encode())
-            if request is not None and request.acknowledged is not None:
-                await asyncio.wait([request.acknowledged])
+            if request is not None:
+                await asyncio.wait([request.acknowledgement(self._hub.loop)])
 
     # following
 

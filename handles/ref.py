@@ -14,7 +14,9 @@ from millstream.handles import engines
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 
-_lock = threading.RLock()  # of which engine fills whose cell; one for all refs, so that a forked child can have a new one
+_lock = (
+    threading.RLock()
+)  # of which engine fills whose cell; one for all refs, so that a forked child can have a new one
 
 
 def _forget_lock() -> None:

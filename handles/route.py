@@ -124,13 +124,24 @@ class Request:
     delay_ms: int = 0
     due_ms: int = 0  # on the server's clock
     payload: list[bytes | memoryview] | None = None  # the envelope in parts, where it is large
-    acknowledged: asyncio.Future[None] | None = None  # or failed
+    acknowledged: asyncio.Future[None] | None = None  # or failed; made where somebody waits for it
+    is_acknowledged: bool = False
+    is_in_the_air: bool = False
 
     @property
     def must_wait(self) -> bool:
         """Is it to be parked or delayed by the server?"""
         return bool(self.depends_on or self.delay_ms or self.due_ms)
 
+    def acknowledgement(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Done when the server has the request, or never will."""
+        if self.acknowledged is None:
+            self.acknowledged = loop.create_future()
+            if self.is_acknowledged:
+                self.acknowledged.set_result(None)
+        return self.acknowledged
+
     def acknowledge(self) -> None:
+        self.is_acknowledged = True
         if self.acknowledged is not None and not self.acknowledged.done():
             self.acknowledged.set_result(None)

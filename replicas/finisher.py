@@ -5,6 +5,7 @@ recognises.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -122,13 +123,8 @@ class Finisher:
         for i in range(0, len(batch), FIELDS):
             entry, ref, _, state, envelope = batch[i : i + FIELDS]
             stored[ref] = b"%b %b %b\n%b" % (state, lane.encode(), entry, envelope)
-        for waiter in waiters:
-            try:
-                await self._supplier.supply(
-                    f"{self._keys.tag}~{waiter.ref.decode()}", [waiter.waiter_id], stored[waiter.ref]
-                )
-            except BrokerUnavailableError:
-                return  # any sweeper finds the rest
+        with contextlib.suppress(BrokerUnavailableError):  # any sweeper finds the rest
+            await self._supplier.supply_all(self._keys.tag, waiters, stored)
 
     def _send_notices(self, link: Link) -> None:
         by_client: dict[bytes, list[bytes]] = {}
