@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import signal
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from millstream.broker.sweeper import LEASE_S, Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError
 from millstream.replicas.context import ReplicaContext, inside
-from millstream.replicas.control import Control
+from millstream.replicas.control import Overseer
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.intake import Intake
@@ -57,7 +56,7 @@ class Birth:
 class Replica:
     """One replica. `run()` is its whole life; its return value is the process's exit code."""
 
-    def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Control) -> None:
+    def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Overseer) -> None:
         self._settings, self._birth, self._definition, self._control = settings, birth, definition, control
         self._keys = Keys(settings.namespace).deployment(birth.tag)
         self._record = ReplicaRecord(
@@ -84,8 +83,6 @@ class Replica:
         return ReplicaContext(app, deployment, birth.replica, birth.node, birth.version, ongoing)
 
     async def _live(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         listening = asyncio.create_task(self._listen())
         try:
             served = await self._construct()
@@ -94,6 +91,10 @@ class Replica:
             return await self._serve(served)
         finally:
             listening.cancel()
+
+    def stop(self) -> None:
+        """Drain and end. On its loop; twice is as once."""
+        self._stop.set()
 
     async def _construct(self) -> Served | None:
         """Build the user's object; what its constructor raises goes to the launcher, which decides what follows."""
@@ -226,7 +227,7 @@ class Replica:
                 await self._clock.set(self._ask)
                 await self._orders.check(self._ask)
                 if not await self._ask("EXISTS", self._keys.config):
-                    self._stop.set()  # the deployment was removed; usually the launcher says so first
+                    self.stop()  # the deployment was removed; usually the launcher says so first
                 if self._control.is_orphaned:
                     await self._renew_lease()
             except BrokerUnavailableError:
@@ -238,13 +239,13 @@ class Replica:
         """Obey the launcher; without one, drain."""
         async for message in self._control.messages():
             if "drain" in message:
-                self._stop.set()
+                self.stop()
         log.warning(
             "the launcher of node %s is gone: replica %s finishes what it runs and ends",
             self._birth.node,
             self._birth.replica,
         )
-        self._stop.set()
+        self.stop()
 
     # the end
 
