@@ -222,7 +222,7 @@ def test_nothing_is_left_when_the_guard_of_the_server_is_killed_too(
     if sys.platform != "linux":
         pytest.skip("only Linux tells a child of its parent's death")
     process, tree = start_owner(script, ledger)
-    (guard,) = find(process.pid, "millstream.guard")
+    (guard,) = find(process.pid, "millstream/guard.py")
 
     os.kill(guard, signal.SIGKILL)
     process.kill()
