@@ -4,14 +4,17 @@
 """
 
 import asyncio
+import contextlib
+import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, overload
 
 from millstream.broker.codec import codec_for
-from millstream.broker.definitions import Definition, seal
+from millstream.broker.definitions import Definition, by_name, seal
 from millstream.broker.keys import check_name, deployment_tag
 from millstream.broker.outcomes import no_such_deployment
-from millstream.broker.registry import NewDeployment, Registry
+from millstream.broker.registry import AppRecord, NewDeployment, Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
 from millstream.errors import ConfigError, DeployFailedError
@@ -20,7 +23,7 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
-from millstream.runtime import ensure_running, trouble, with_registry
+from millstream.runtime import ensure_local, ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, is_up, summarise
 
@@ -51,28 +54,52 @@ __all__ = [
 POLL_S = 0.01  # while a deployment comes up
 
 
-def start() -> None:
-    """Start what is missing to serve: an embedded server, a launcher, an autoscaler. `run` does it by itself."""
-    ensure_running()
+def start(*, local: bool | None = None) -> None:
+    """Start what is missing to serve: an embedded server, a launcher, an autoscaler. `run` does it by itself.
+
+    `local` is as there.
+    """
+    if _is_local(local):
+        ensure_local()
+    else:
+        ensure_running()
 
 
 def run(
-    target: Application, *, name: str = "default", blocking: bool = False, timeout_s: float | None = None
+    target: Application,
+    *,
+    name: str = "default",
+    blocking: bool = False,
+    timeout_s: float | None = None,
+    local: bool | None = None,
+    _local_testing_mode: bool = False,
 ) -> SyncHandle:
     """Deploy an application and wait until it serves; the handle of its ingress.
 
     Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. An application of the
     same name is replaced: its queued requests stay, its replicas are exchanged. `blocking` waits for Ctrl-C after that.
 
+    `local=True` (or MILLSTREAM_LOCAL=1, or Ray's `_local_testing_mode=True`) is for tests: replicas run on threads of
+    this process, on a private server (or the one that `millstream.init` has chosen), and nothing is scaled. Classes and
+    functions are used as they are in memory; arguments are pickled, as everywhere.
+
     Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the
-    constructor's traceback), BrokerUnavailableError, TimeoutError after `timeout_s`.
+    constructor's traceback), BrokerUnavailableError, TimeoutError after `timeout_s`, and ConfigError where launchers run
+    and `local` is asked for, or the other way round.
     """
     nodes = compile_graph(target, _checked(name))
-    ensure_running()
-    _deploy_nodes(nodes, name, timeout_s)
+    if _is_local(True if _local_testing_mode else local):
+        _deploy_here(nodes, name, timeout_s)
+    else:
+        ensure_running()
+        _deploy_nodes(nodes, name, timeout_s)
     if blocking:
         _wait_for_interrupt()
     return SyncHandle(nodes[0].name, name)
+
+
+def _is_local(local: bool | None) -> bool:
+    return os.environ.get("MILLSTREAM_LOCAL", "") not in ("", "0") if local is None else local
 
 
 def deploy_only(target: Application, *, name: str = "default", timeout_s: float | None = None) -> None:
@@ -82,8 +109,22 @@ def deploy_only(target: Application, *, name: str = "default", timeout_s: float 
 
 def _deploy_nodes(nodes: list[Node], app: str, timeout_s: float | None) -> None:
     settings = engines.settings()
-    new = [_new_deployment(settings, app, node) for node in nodes]
+    new = [_new_deployment(settings, app, node, node.deployment.func_or_class) for node in nodes]
     with_registry(lambda registry: deploy(registry, app, new, timeout_s))
+
+
+def _deploy_here(nodes: list[Node], app: str, timeout_s: float | None) -> None:
+    """As `_deploy_nodes`, with the replicas on threads of this process."""
+    node, settings = ensure_local(), engines.settings()
+    from millstream.replicas.thread import Recipe  # loaded by now, while the server started
+
+    new, recipes = [], {}
+    for one in nodes:
+        target, tag = one.deployment.func_or_class, deployment_tag(app, one.name)
+        sealed = _new_deployment(settings, app, one, by_name(target))
+        new.append(sealed)
+        recipes[tag] = Recipe(target, sealed.definition, one.config)
+    with_registry(lambda registry: deploy(registry, app, new, timeout_s, lambda record: node.host(record, recipes)))
 
 
 def _checked(name: str) -> str:
@@ -93,16 +134,27 @@ def _checked(name: str) -> str:
         raise ConfigError(str(e)) from None
 
 
-def _new_deployment(settings: Settings, app: str, node: Node) -> NewDeployment:
+def _new_deployment(settings: Settings, app: str, node: Node, target: Any) -> NewDeployment:
     codec = codec_for(settings.secret_key, settings.namespace, deployment_tag(app, node.name))
-    definition = Definition(node.deployment.func_or_class, node.args, node.kwargs)
-    return NewDeployment(node.name, node.config, seal(codec, definition))
+    return NewDeployment(node.name, node.config, seal(codec, Definition(target, node.args, node.kwargs)))
 
 
-async def deploy(registry: Registry, app: str, new: list[NewDeployment], timeout_s: float | None = None) -> None:
-    """Store an application and wait until it serves. Raises DeployFailedError, TimeoutError."""
+async def deploy(
+    registry: Registry,
+    app: str,
+    new: list[NewDeployment],
+    timeout_s: float | None = None,
+    host: Callable[[AppRecord], Awaitable[None]] | None = None,
+) -> None:
+    """Store an application and wait until it serves. `host` starts its replicas; without it launchers do.
+
+    Raises DeployFailedError, TimeoutError.
+    """
     record = await registry.deploy(app, new[0].name, new)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    if host is not None:
+        with contextlib.suppress(TimeoutError):  # said below, with what is late
+            await asyncio.wait_for(host(record), timeout_s)
     while True:
         views = [await registry.view(app, one.name) for one in new]
         present = [view for view in views if view is not None]

@@ -1,7 +1,8 @@
 """The life of one replica: construct the user's object, register, claim and run requests, drain, say goodbye.
 
 It runs in a process of its own, forked from the warm parent of its application. Its launcher renews its lease, sees
-its death and speaks with it over a socket; when the launcher dies, the replica drains.
+its death and speaks with it over a socket; when the launcher dies, the replica drains. In local mode it runs on a thread
+instead, and its node does what a launcher does (`thread.py`, `local.py`).
 """
 
 import asyncio
@@ -260,6 +261,7 @@ class Replica:
                 with contextlib.suppress(BrokerUnavailableError):  # what runs here may still end after the outage
                     await self._stop_reading()
                 await asyncio.wait([serving])
+                await self._control.send({"draining": len(executor.running)})  # it claims nothing from here on
                 with contextlib.suppress(BrokerUnavailableError):
                     await self._hand_back(executor)
                 await self._finish_up(executor, finisher)
