@@ -160,7 +160,7 @@ def ensure_local() -> "LocalNode":
         node = local_node()
         if node is None or node.trouble:
             if not engines.is_initialized():
-                _use(_start_server(None, None, meanwhile=_load_local_mode))
+                _use(_start_server(None, None, meanwhile=load_local_mode))
             elif others := with_registry(_launchers):
                 raise ConfigError(
                     f"local=True runs replicas in this process, and {others} would run them, too; choose another "
@@ -214,7 +214,7 @@ def _start_server(
     return _own_tree().start_server(state, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms", meanwhile)
 
 
-def _load_local_mode() -> None:
+def load_local_mode() -> None:
     """What takes 50 ms to import, and is needed once the server is up."""
     importlib.import_module("millstream.replicas.local")
     engines.new_loop().close()
