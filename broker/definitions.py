@@ -1,6 +1,7 @@
 """A deployment's definition: its callable, its constructor arguments and what its process needs to import them.
 
-Signed and pickled under the deployment's `definition` key. Only the warm parent of its replicas opens it.
+Signed and pickled under the deployment's `definition` key. Only the warm parent of its replicas opens it, or in local mode
+the process that wrote it.
 """
 
 import importlib
@@ -85,10 +86,17 @@ def importable(target: Any) -> ByPath | None:
         return None
 
 
+def by_name(target: Any) -> ByPath:
+    """What `target` is called, whether or not that can be imported: for who has it in memory and only needs the rest."""
+    return ByPath(str(getattr(target, "__module__", "")), getattr(target, "__qualname__", type(target).__qualname__))
+
+
 def seal(codec: Codec, definition: Definition) -> bytes:
     """The signed bytes of a definition, with this process's cwd, import path and Python version. SerializationError."""
     what = f"the definition of {codec.tag}"
-    target = importable(definition.target) or definition.target
+    target = definition.target
+    if not isinstance(target, ByPath):
+        target = importable(target) or target
     body = pickling.dump(Definition(target, definition.args, definition.kwargs), what=what)
     path = [entry or os.getcwd() for entry in sys.path]
     return codec.seal("definition", REF, pickling.dump(_Surroundings(PYTHON, os.getcwd(), path, body), what=what))
@@ -98,6 +106,13 @@ def code_of(codec: Codec, envelope: bytes, config: DeploymentConfig) -> str:
     """The fingerprint of a sealed definition: equal ones can be served by the same replicas. Safe to ask twice."""
     around: _Surroundings = codec.open("definition", REF, envelope)
     return fingerprint(around.body, around.path, (around.python, around.cwd, around.path, config.of_the_process))
+
+
+def reopen(codec: Codec, envelope: bytes, target: Any) -> Definition:
+    """In the process that sealed it: its arguments, unpickled anew each time, with `target` as it is in memory."""
+    around: _Surroundings = codec.open("definition", REF, envelope)
+    definition: Definition = pickling.load(around.body)
+    return Definition(target, definition.args, definition.kwargs)
 
 
 def open_definition(codec: Codec, envelope: bytes) -> Definition:

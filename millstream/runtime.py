@@ -1,22 +1,30 @@
 """The composition root: which server this process uses, and what it starts where something is missing."""
 
+import importlib
 import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from millstream import embedded
 from millstream.broker.connection import open_control
 from millstream.broker.registry import Registry, connect_registry
 from millstream.config import Settings, find_settings, state_folder
+from millstream.errors import ConfigError
 from millstream.handles import engines
 from millstream.tree import Tree
+
+if TYPE_CHECKING:
+    from millstream.replicas.local import LocalNode
 
 T = TypeVar("T")
 
 _lock = threading.RLock()
 _tree: Tree | None = None
+_node: "LocalNode | None" = None  # of local mode
+_ends_ahead_of_exit = False
+EXIT_PATIENCE_S = 0.2  # for what replicas on threads of ours still run at the end: nobody will have the results
 
 
 def init(
@@ -46,8 +54,9 @@ def is_initialized() -> bool:
 
 
 def trouble() -> str:
-    """What of ours keeps ending as soon as it starts, in words; empty if nothing does."""
-    return _tree.trouble if _tree is not None else ""
+    """What of ours does not run as it should, in words; empty if all is well."""
+    node = local_node()
+    return (_tree.trouble if _tree is not None else "") or (node.trouble if node is not None else "")
 
 
 def owns_processes() -> bool:
@@ -56,16 +65,28 @@ def owns_processes() -> bool:
 
 
 def shutdown() -> None:
-    """Close this process's connections and end the processes it has started. What others run stays."""
-    global _tree
+    """Close this process's connections and end what it has started: processes, and threads. What others run stays."""
+    _shutdown(None)
+
+
+def _shutdown(patience_s: float | None) -> None:
+    global _tree, _node
     with _lock:
-        tree, _tree = _tree, None
-        engines.close_all()
+        node, tree = local_node(), _tree
+        _node = _tree = None
+    if node is not None:
+        node.close(patience_s)  # first: what its replicas finish goes out over our engines
+    engines.close_all()
     if tree is not None:
         tree.close()
 
 
 def _use(settings: Settings) -> None:
+    global _node
+    node = local_node()
+    if node is not None and node.settings != settings:
+        _node = None
+        node.close()
     engines.use(settings)
     try:
         with_registry(_nothing)
@@ -114,6 +135,11 @@ def ensure_running(
     Twice is as once.
     """
     with _lock:
+        if local_node() is not None:
+            raise ConfigError(
+                "this process serves in local mode, and a launcher would run the same applications a second time; "
+                "call millstream.shutdown() first, or serve in local mode only (local=True)"
+            )
         if not engines.is_initialized():
             _use(_found(state, namespace) or _start_server(state, namespace))
         for name in _missing():
@@ -123,6 +149,58 @@ def ensure_running(
         return _tree
 
 
+def ensure_local() -> "LocalNode":
+    """What runs replicas in this process: started if need be, on the server in use, else on a private temporary one.
+
+    MILLSTREAM_URL and the server of this directory do not count: tests should not meet anybody there. ConfigError where
+    launchers serve, who would run the same applications.
+    """
+    global _node
+    with _lock:
+        node = local_node()
+        if node is None or node.trouble:
+            if not engines.is_initialized():
+                _use(_start_server(None, None, meanwhile=load_local_mode))
+            elif others := with_registry(_launchers):
+                raise ConfigError(
+                    f"local=True runs replicas in this process, and {others} would run them, too; choose another "
+                    "namespace with millstream.init(namespace=...), or call millstream.shutdown() first"
+                )
+            from millstream.replicas.local import LocalNode
+
+            node = _node = LocalNode(engines.settings())
+            _end_ahead_of_exit()
+        return node
+
+
+def local_node() -> "LocalNode | None":
+    """What runs replicas in this process, if anything does. After a fork that is left to the parent."""
+    return _node if _node is not None and _node.pid == os.getpid() else None
+
+
+def _end_ahead_of_exit() -> None:
+    """Python waits for the threads of executors, where user code may never return, before it calls what atexit knows."""
+    global _ends_ahead_of_exit
+    if not _ends_ahead_of_exit:
+        _ends_ahead_of_exit = True
+        threading._register_atexit(_end_local)  # type: ignore[attr-defined]
+
+
+def _end_local() -> None:
+    from millstream.replicas.thread import let_go_of_threads
+
+    if local_node() is not None:
+        _shutdown(EXIT_PATIENCE_S)
+    let_go_of_threads()
+
+
+async def _launchers(registry: Registry) -> str:
+    nodes = sorted(await registry.nodes())
+    if not nodes and _tree is not None and _tree.has("launcher"):
+        return "the launcher of this process"
+    return f"node {', '.join(nodes)} on this server" if nodes else ""
+
+
 def _found(state: Path | None, namespace: str | None) -> Settings | None:
     """The server that the environment names, else the one that runs in the state folder. An advert alone does not count."""
     if os.environ.get("MILLSTREAM_URL") or embedded.is_running(state_folder(state)):
@@ -130,8 +208,16 @@ def _found(state: Path | None, namespace: str | None) -> Settings | None:
     return None
 
 
-def _start_server(state: Path | None, namespace: str | None) -> Settings:
-    return _own_tree().start_server(state, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms")
+def _start_server(
+    state: Path | None, namespace: str | None, meanwhile: Callable[[], object] = lambda: None
+) -> Settings:
+    return _own_tree().start_server(state, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms", meanwhile)
+
+
+def load_local_mode() -> None:
+    """What takes 50 ms to import, and is needed once the server is up."""
+    importlib.import_module("millstream.replicas.local")
+    engines.new_loop().close()
 
 
 def _missing() -> list[str]:

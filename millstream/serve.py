@@ -4,13 +4,17 @@
 """
 
 import asyncio
+import contextlib
 import math
+import os
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import DOWN
-from millstream.broker.definitions import Definition, code_of, seal
+from millstream.broker.definitions import Definition, by_name, code_of, seal
 from millstream.broker.keys import check_name, deployment_tag
 from millstream.broker.outcomes import deploy_failed, no_such_deployment
 from millstream.broker.records import AppRecord, DeploymentView, NewDeployment
@@ -23,7 +27,7 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
-from millstream.runtime import ensure_running, trouble, with_registry
+from millstream.runtime import ensure_local, ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, summarise
 
@@ -55,13 +59,25 @@ POLL_S = 0.01  # while a deployment comes up
 PATIENCE_S = 30.0  # with a server that does not answer meanwhile; as long as a request is kept that cannot be sent
 
 
-def start() -> None:
-    """Start what is missing to serve: an embedded server, a launcher, an autoscaler. `run` does it by itself."""
-    ensure_running()
+def start(*, local: bool | None = None) -> None:
+    """Start what is missing to serve: an embedded server, a launcher, an autoscaler. `run` does it by itself.
+
+    `local` is as there.
+    """
+    if _is_local(local):
+        ensure_local()
+    else:
+        ensure_running()
 
 
 def run(
-    target: Application, *, name: str = "default", blocking: bool = False, timeout_s: float | None = None
+    target: Application,
+    *,
+    name: str = "default",
+    blocking: bool = False,
+    timeout_s: float | None = None,
+    local: bool | None = None,
+    _local_testing_mode: bool = False,
 ) -> SyncHandle:
     """Deploy an application and wait until it serves; the handle of its ingress.
 
@@ -74,15 +90,27 @@ def run(
     over; a new user_config goes to `reconfigure`, when what runs in that replica has ended, to a fifth of the replicas
     at a time. Where `reconfigure` raises, the deployment goes back to the options it had.
 
+    `local=True` (or MILLSTREAM_LOCAL=1, or Ray's `_local_testing_mode=True`) is for tests: replicas run on threads of
+    this process, on a private server (or the one that `millstream.init` has chosen), and nothing is scaled. Classes and
+    functions are used as they are in memory; arguments are pickled, as everywhere.
+
     Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the traceback
-    of the constructor or of `reconfigure`), BrokerUnavailableError, TimeoutError after `timeout_s`.
+    of the constructor or of `reconfigure`), BrokerUnavailableError, TimeoutError after `timeout_s`, and ConfigError where
+    launchers run and `local` is asked for, or the other way round.
     """
     nodes = compile_graph(target, _checked(name))
-    ensure_running()
-    _deploy_nodes(nodes, name, timeout_s)
+    if _is_local(True if _local_testing_mode else local):
+        _deploy_here(nodes, name, timeout_s)
+    else:
+        ensure_running()
+        _deploy_nodes(nodes, name, timeout_s)
     if blocking:
         _wait_for_interrupt()
     return SyncHandle(nodes[0].name, name)
+
+
+def _is_local(local: bool | None) -> bool:
+    return os.environ.get("MILLSTREAM_LOCAL", "") not in ("", "0") if local is None else local
 
 
 def deploy_only(target: Application, *, name: str = "default", timeout_s: float | None = None) -> None:
@@ -92,8 +120,22 @@ def deploy_only(target: Application, *, name: str = "default", timeout_s: float 
 
 def _deploy_nodes(nodes: list[Node], app: str, timeout_s: float | None) -> None:
     settings = engines.settings()
-    new = [_new_deployment(settings, app, node) for node in nodes]
+    new = [_new_deployment(settings, app, node, node.deployment.func_or_class) for node in nodes]
     with_registry(lambda registry: deploy(registry, app, new, timeout_s))
+
+
+def _deploy_here(nodes: list[Node], app: str, timeout_s: float | None) -> None:
+    """As `_deploy_nodes`, with the replicas on threads of this process."""
+    node, settings = ensure_local(), engines.settings()
+    from millstream.replicas.thread import Recipe  # loaded by now, while the server started
+
+    new, recipes = [], {}
+    for one in nodes:
+        target, tag = one.deployment.func_or_class, deployment_tag(app, one.name)
+        sealed = _new_deployment(settings, app, one, by_name(target))
+        new.append(replace(sealed, code=""))  # what is in memory may have changed: replicas are replaced each time
+        recipes[tag] = Recipe(target, sealed.definition, one.config)
+    with_registry(lambda registry: deploy(registry, app, new, timeout_s, lambda record: node.host(record, recipes)))
 
 
 def _checked(name: str) -> str:
@@ -103,22 +145,30 @@ def _checked(name: str) -> str:
         raise ConfigError(str(e)) from None
 
 
-def _new_deployment(settings: Settings, app: str, node: Node) -> NewDeployment:
+def _new_deployment(settings: Settings, app: str, node: Node, target: Any) -> NewDeployment:
     codec = codec_for(settings.secret_key, settings.namespace, deployment_tag(app, node.name))
-    definition = Definition(node.deployment.func_or_class, node.args, node.kwargs)
-    envelope = seal(codec, definition)
+    envelope = seal(codec, Definition(target, node.args, node.kwargs))
     return NewDeployment(node.name, node.config, envelope, code_of(codec, envelope, node.config))
 
 
-async def deploy(registry: Registry, app: str, new: list[NewDeployment], timeout_s: float | None = None) -> None:
+async def deploy(
+    registry: Registry,
+    app: str,
+    new: list[NewDeployment],
+    timeout_s: float | None = None,
+    host: Callable[[AppRecord], Awaitable[None]] | None = None,
+) -> None:
     """Store an application and wait until it serves as stored; outages of the server are waited out, for PATIENCE_S.
 
-    Raises DeployFailedError, TimeoutError, BrokerUnavailableError.
+    `host` starts its replicas; without it launchers do. Raises DeployFailedError, TimeoutError, BrokerUnavailableError.
     """
     record = await registry.deploy(app, new[0].name, new)
     answered_at = time.monotonic()
     deadline = math.inf if timeout_s is None else answered_at + timeout_s
     late = record.deployments
+    if host is not None:
+        with contextlib.suppress(TimeoutError):  # said below, with what is late
+            await asyncio.wait_for(host(record), timeout_s)
     while True:
         try:
             late = await _not_up(registry, record)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +75,11 @@ class Tree:
         self._watcher: threading.Thread | None = None
         atexit.register(self.close)
 
-    def start_server(self, folder: Path | None, namespace: str = "ms") -> Settings:
-        """Start an embedded server; durable in `folder`, temporary without one."""
-        self._server = embedded.start(folder, namespace)
+    def start_server(
+        self, folder: Path | None, namespace: str = "ms", meanwhile: Callable[[], object] = lambda: None
+    ) -> Settings:
+        """Start an embedded server, and call `meanwhile` while it starts; durable in `folder`, temporary without one."""
+        self._server = embedded.start(folder, namespace, meanwhile)
         return self._server.settings
 
     @property

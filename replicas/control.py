@@ -7,9 +7,18 @@ import errno
 import json
 import socket
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 RETRY_S = 0.005
+
+
+class Overseer(Protocol):
+    """Who has started a replica and watches over it, as the replica sees it: a `Control` leads to its launcher."""
+
+    is_orphaned: bool  # gone: the replica renews its own lease, and ends
+
+    async def send(self, message: dict[str, Any]) -> None: ...
+    def messages(self) -> AsyncIterator[dict[str, Any]]: ...
 
 
 class Control:

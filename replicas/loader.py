@@ -46,8 +46,8 @@ class Served:
 
     def _bind(self, name: str) -> Method:
         function: Any
-        if _is_function(self.instance) and name == "__call__":
-            function = self.instance
+        if name == "__call__" and (_is_function(self.instance) or inspect.iscoroutinefunction(self.instance)):
+            function = self.instance  # an object that is no function may be marked as one, too: an AsyncMock is
         else:
             function = getattr(self.instance, name, None)
             if not callable(function) or (name.startswith("__") and name != "__call__"):

@@ -1,7 +1,8 @@
 """The life of one replica: construct the user's object, register, claim and run requests, drain, say goodbye.
 
 It runs in a process of its own, forked from the warm parent of its application. Its launcher renews its lease, sees
-its death and speaks with it over a socket; when the launcher dies, the replica drains.
+its death and speaks with it over a socket; when the launcher dies, the replica drains. In local mode it runs on a thread
+instead, and its node does what a launcher does (`thread.py`, `local.py`).
 """
 
 import asyncio
@@ -10,7 +11,6 @@ import json
 import logging
 import os
 import random
-import signal
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError
 from millstream.replicas.context import ReplicaContext, inside
-from millstream.replicas.control import Control
+from millstream.replicas.control import Overseer
 from millstream.replicas.execution import Executor
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.health import Health, check
@@ -61,7 +61,7 @@ class Birth:
 class Replica:
     """One replica. `run()` is its whole life; its return value is the process's exit code."""
 
-    def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Control) -> None:
+    def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Overseer) -> None:
         self._settings, self._birth, self._definition, self._control = settings, birth, definition, control
         self._keys = Keys(settings.namespace).deployment(birth.tag)
         self._record = ReplicaRecord(
@@ -90,8 +90,6 @@ class Replica:
         return ReplicaContext(app, deployment, birth.replica, birth.node, birth.version, ongoing)
 
     async def _live(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         listening = asyncio.create_task(self._listen())
         try:
             served = await self._construct()
@@ -100,6 +98,10 @@ class Replica:
             return await self._serve(served)
         finally:
             listening.cancel()
+
+    def stop(self) -> None:
+        """Drain and end. On its loop; twice is as once."""
+        self._stop.set()
 
     async def _construct(self) -> Served | None:
         """Build the user's object, configure it and ask how it does; what goes wrong the launcher hears, which decides."""
@@ -263,7 +265,7 @@ class Replica:
                 await self._clock.set(self._ask)
                 await self._orders.check(self._ask)
                 if not await self._ask("EXISTS", self._keys.config):
-                    self._stop.set()  # the deployment was removed; usually the launcher says so first
+                    self.stop()  # the deployment was removed; usually the launcher says so first
                 if self._control.is_orphaned:
                     await self._renew_lease()
             except BrokerUnavailableError:
@@ -275,7 +277,7 @@ class Replica:
         """Obey the launcher; without one, drain."""
         async for message in self._control.messages():
             if "drain" in message:
-                self._stop.set()
+                self.stop()
             elif "update" in message and self._updater is not None:
                 config = DeploymentConfig.from_json(message["config"])
                 self._updater.tell(Current(self._birth.version, message["update"], config))
@@ -284,7 +286,7 @@ class Replica:
             self._birth.node,
             self._birth.replica,
         )
-        self._stop.set()
+        self.stop()
 
     # the end
 
@@ -300,6 +302,7 @@ class Replica:
                 with contextlib.suppress(BrokerUnavailableError):  # what runs here may still end after the outage
                     await self._stop_reading(serving)
                 await asyncio.wait([serving])
+                await self._control.send({"draining": len(executor.running)})  # it claims nothing from here on
                 with contextlib.suppress(BrokerUnavailableError):
                     await self._hand_back(executor)
                 await self._finish_up(executor, finisher, updater)

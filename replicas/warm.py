@@ -181,7 +181,10 @@ def _live(order: dict[str, Any], files: list[int], settings: Settings, definitio
 
 def _loop_run(settings: Settings, birth: Birth, definition: Definition, control: socket.socket) -> int:
     async def life() -> int:
-        return await Replica(settings, birth, definition, Control(control)).run()
+        replica = Replica(settings, birth, definition, Control(control))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, replica.stop)
+        return await replica.run()
 
     from millstream.handles import engines
 

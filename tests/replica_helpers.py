@@ -285,7 +285,7 @@ class Serving:
             await one.end()
 
     def _live(self, started: threading.Event) -> None:
-        with asyncio.Runner(loop_factory=_Loop) as runner:
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(self._until_stopped(started))
 
     async def _until_stopped(self, started: threading.Event) -> None:
@@ -293,11 +293,6 @@ class Serving:
         self._loop.set_exception_handler(lambda _, context: self.complaints.append(context))
         started.set()
         await self._stop.wait()
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    def add_signal_handler(self, *_: Any) -> None:  # type: ignore[override]
-        """Signals are for the main thread; a replica has that to itself, here it has not."""
 
 
 class Gate:

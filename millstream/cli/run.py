@@ -80,7 +80,7 @@ def _serve(server: Server, application: "Application", name: str, dashboard: int
     if address:
         tell(f"dashboard  {address}")
     try:
-        serve.run(application, name=name)
+        serve.run(application, name=name, local=False)
     except DeployFailedError as e:
         if tree is not None and tree.has("launcher"):  # whose log has shown the traceback
             raise click.ClickException(str(e).partition("\n")[0]) from None

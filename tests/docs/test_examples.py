@@ -17,6 +17,8 @@ from tests.docs.pages import Block
 EXAMPLES = [block for page in pages.PAGES for block in pages.blocks(page, "python")]
 SHELL = [block for page in pages.PAGES for block in pages.blocks(page, "sh")]
 PROMISE = re.compile(r"^print\(.*\)  # (.*)$", re.MULTILINE)  # print(...)  # what it prints
+HAS_TESTS = re.compile(r"^(async )?def test_", re.MULTILINE)
+PYTEST = ["-m", "pytest", "-q", "-p", "millstream.pytest_plugin"]
 MAKEFILE = pages.ROOT / "Makefile"
 
 
@@ -28,7 +30,7 @@ def test_example_runs_and_prints_what_it_promises(block: Block, tmp_path: Path) 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
 
     ran = subprocess.run(
-        [sys.executable, "example.py"],
+        [sys.executable, *(PYTEST if HAS_TESTS.search(block.text) else []), "example.py"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -37,7 +39,7 @@ def test_example_runs_and_prints_what_it_promises(block: Block, tmp_path: Path) 
         check=False,
     )
 
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     promised = PROMISE.findall(block.text)
     assert not promised or ran.stdout.splitlines() == promised
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import threading
 import time
 from typing import Any
@@ -390,13 +389,8 @@ async def test_what_the_end_of_the_process_cancels_is_no_failure_of_the_request(
     replica = await stage.prepare(Stubborn, gate, graceful_shutdown_timeout_s=0)
     (ref,) = await stage.submit(redis, 1, method=method)
 
-    async def life() -> int:
-        asyncio.get_running_loop().add_signal_handler = lambda *_: None  # type: ignore[method-assign]
-        return await replica.replica.run()
-
-    process = threading.Thread(
-        target=lambda: asyncio.run(life())
-    )  # a process's whole life, the end of its loop included
+    # A process's whole life, the end of its loop included.
+    process = threading.Thread(target=lambda: asyncio.run(replica.replica.run()))
     process.start()
     await wait_until(lambda: gate.inside == 1)
     await replica.control.send({"drain": True})
@@ -495,10 +489,10 @@ async def test_orphaned_replica_renews_its_own_lease_while_it_drains(
     assert (await ending, await future) == (0, 1)
 
 
-async def test_replica_drains_on_sigterm(stage: Stage) -> None:
+async def test_replica_drains_when_it_is_stopped(stage: Stage) -> None:
     replica = await stage.start(Model)
 
-    os.kill(os.getpid(), signal.SIGTERM)
+    replica.replica.stop()
 
     assert await replica.end() == 0
 

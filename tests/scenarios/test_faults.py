@@ -36,8 +36,12 @@ def send(name: str, method: str, go: Path) -> ObjectRef:
     return handle.options(method_name=method, block_until="queued").remote(name, str(go))
 
 
+def replica_states() -> dict[str, int]:
+    return serve.status().applications["default"].deployments["Worker"].replica_states
+
+
 def running_replicas() -> int:
-    return serve.status().applications["default"].deployments["Worker"].replica_states.get("RUNNING", 0)
+    return replica_states().get("RUNNING", 0)
 
 
 @pytest.mark.parametrize("method", ["hold", "block"])
@@ -59,6 +63,19 @@ def test_a_killed_replicas_request_finishes_elsewhere_within_a_second(
     assert millstream.get(ref, timeout=5)[1] != victim
     assert takeover_s < 1.0
     assert [name for name, _ in starts(ledger)] == ["a", "a"]
+
+
+def test_a_replica_that_is_told_to_end_finishes_what_it_runs(tmp_path: Path, ledger: Path) -> None:
+    serve.run(Worker.bind(str(ledger)))
+    ref = send("a", "hold", tmp_path / "go")
+    wait_for(lambda: starts(ledger))
+    ((_, told),) = starts(ledger)
+
+    os.kill(told, signal.SIGTERM)
+    wait_for(lambda: "DRAINING" in replica_states(), what="it to drain")
+    (tmp_path / "go").touch()
+
+    assert millstream.get(ref, timeout=5) == ("a", told)
 
 
 def test_everything_a_killed_replica_held_runs_again_and_nothing_else(tmp_path: Path, ledger: Path) -> None:
@@ -205,7 +222,7 @@ def test_nothing_is_left_when_the_guard_of_the_server_is_killed_too(
     if sys.platform != "linux":
         pytest.skip("only Linux tells a child of its parent's death")
     process, tree = start_owner(script, ledger)
-    (guard,) = find(process.pid, "millstream.guard")
+    (guard,) = find(process.pid, "millstream/guard.py")
 
     os.kill(guard, signal.SIGKILL)
     process.kill()

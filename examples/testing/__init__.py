@@ -1,0 +1,1 @@
+"""A small application and its tests: `python -m pytest examples/testing`."""
