@@ -16,7 +16,7 @@ import hiredis
 import redis.exceptions
 from redis.asyncio.connection import parse_url
 
-from millstream.broker.scripts import Call
+from millstream.broker.scripts import Call, Script
 from millstream.config import Settings, redact
 from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError, PayloadTooLargeError
 
@@ -36,6 +36,7 @@ class Link(asyncio.Protocol):
         self._callbacks: deque[Callback] = deque()
         self._on_message = on_message
         self._transport: asyncio.Transport | None = None
+        self._sent_scripts: set[Script] = set()
         self.client_id = 0
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -111,7 +112,12 @@ class Link(asyncio.Protocol):
             else:
                 callback(explain(reply))
 
-        self.send(replied, *call.command())
+        if call.script in self._sent_scripts:
+            self.send(replied, *call.command())
+        else:
+            # With its source: a NOSCRIPT would come back when other calls are on their way, which would then pass this one.
+            self._sent_scripts.add(call.script)
+            self.send(replied, *call.full_command())
 
     def run(self, call: Call[T]) -> asyncio.Future[T]:
         """As `start`, with a future."""

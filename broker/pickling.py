@@ -61,6 +61,7 @@ def dump_parts(value: Any, what: str, replace: Callable[[Any], Any] | None = Non
     except Exception:  # a _LargeBuffer, too
         data = _dump_or_explain(value, what, replace, buffers)
     if not buffers and len(data) <= LARGE_BYTES:
+        _check_size(len(data), what)
         return data
     pickled = Pickled(data, buffers)
     _check_size(pickled.size_bytes, what)

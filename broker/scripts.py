@@ -312,7 +312,8 @@ def emit(
     """Add items `first`, `first` + 1, ... to a stream. Answers whether its request still runs at `place`, and, where no
     envelopes are given, how many items its reader has read (0 otherwise).
 
-    What is not read yet lives for `ttl_s` from the last call, a minute at least: ask while nothing is emitted.
+    In order, one call after the answer to the other. What is not read yet lives for `ttl_s` from the last call, a minute
+    at least: ask while nothing is emitted.
     """
     return Call(
         script("emit"),

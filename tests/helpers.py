@@ -179,6 +179,20 @@ async def finish(
     return await run(client, scripts.finish(keys, attempts[0].lane, ttl_s, outcomes))
 
 
+async def emit(
+    client: Control,
+    keys: DeploymentKeys,
+    one: Claimed,
+    first: int,
+    *items: bytes,
+    caller: str = CALLER,
+    ttl_s: Any = 3600,
+) -> tuple[bool, int]:
+    """Items `first`, `first` + 1, ... of a streaming request that runs; without any, just ask."""
+    place = f"{one.lane} {one.entry.decode()}"
+    return await run(client, scripts.emit(keys, one.ref, place, caller.encode(), ttl_s, first, items))
+
+
 async def cancel(client: Control, keys: DeploymentKeys, *refs: str, overdue: bool = False) -> list[scripts.Ended]:
     """Cancel requests, or have those past their deadline time out; what the script answers to each."""
     answers, _ = await run(client, scripts.cancel(keys, 60, "why not", refs, overdue=overdue))

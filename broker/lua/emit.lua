@@ -5,18 +5,29 @@
 -- its slot and its arguments and the end that frees both.
 -- KEYS  1 open  2 items  3 reply prefix
 -- ARGV  1 ref  2 "<lane> <entry>"  3 client  4 ttl_s  5 number of the first item (from 0)   then envelopes (none: just ask)
--- reply {"running" | "stale", how many of them its reader has read: only where it was just asked, else 0}
+-- reply {"running" | "stale", how many of them its reader has read: only where it was just asked, else 0}. Error OUTOFORDER
+-- (a later item is there, and this one is not): nothing was written
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return { 'stale', 0 } end
 local LEAST_S = 60 -- a replica that waits for the reader asks more often than this
 local ref, ttl_s, first_number, message = ARGV[1], math.max(LEAST_S, math.ceil(tonumber(ARGV[4]))), tonumber(ARGV[5]), {}
+
+-- It cannot be added. That is as it should be if it is there, or was read.
+local function is_lost(entry)
+  local before = redis.call('XREVRANGE', KEYS[2], entry, '-', 'COUNT', 1)[1]
+  return before and before[1] ~= entry
+end
+
 for i = 6, #ARGV do
   local number = first_number + i - 6
-  local added = redis.pcall('XADD', KEYS[2], string.format('%.0f-1', number + 1), 'item', ARGV[i])
+  local entry = string.format('%.0f-1', number + 1)
+  local added = redis.pcall('XADD', KEYS[2], entry, 'item', ARGV[i])
   if type(added) ~= 'table' then
     local stored = string.format('item %.0f\n', number) .. ARGV[i] .. '\n'
     message[#message + 1] = '$' .. #ref .. '\r\n' .. ref .. '\r\n$' .. #stored .. '\r\n' .. stored .. '\r\n'
   elseif not string.find(tostring(added.err), 'equal or smaller', 1, true) then
     return redis.error_reply(tostring(added.err)) -- it is no stream: the first one failed, nothing was written
+  elseif is_lost(entry) then
+    return redis.error_reply('OUTOFORDER item ' .. number .. ' comes after a later one')
   end
 end
 if #message > 0 and ARGV[3] ~= '' then

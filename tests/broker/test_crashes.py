@@ -36,6 +36,7 @@ from tests.helpers import (
     cancel,
     claim,
     deploy_config,
+    emit,
     finish,
     new_ref,
     read_everything,
@@ -204,10 +205,9 @@ async def test_stream_whose_replica_is_killed_goes_on_without_a_gap_or_a_change(
     read = BATCH + 7
     again = read + left + BATCH  # so many items the second attempt produces
 
-    place = f"returned {second.entry.decode()}"
     for first in range(0, again, BATCH):
         items = [b"second %d" % number for number in range(first, min(first + BATCH, again))]
-        await run(redis, scripts.emit(keys, ref, place, b"", 3600, first, items))
+        await emit(redis, keys, second, first, *items)
 
     rows: Any = await redis.xrange(keys.items(ref))
     expected = [b"first %d" % number for number in range(read, read + left)]
@@ -303,8 +303,7 @@ async def test_restarted_server_has_deadlines_large_values_and_items_where_they_
             redis, scripts.supply(keys, ref, upstream, b"succeeded normal 1-1\n@9", [keys.value("u" * 22, "1-1")])
         )
         (one,) = await claim(redis, keys)
-        place = f"low {one.entry.decode()}"
-        await run(redis, scripts.emit(keys, ref, place, b"", 3600, 0, [b"a", b"b"]))
+        await emit(redis, keys, one, 0, b"a", b"b")
         await run(redis, scripts.consume(keys, ref, 2))
         before = await read_everything(redis)
 
@@ -313,7 +312,7 @@ async def test_restarted_server_has_deadlines_large_values_and_items_where_they_
 
         assert await read_everything(redis) == before
         assert await redis.pttl(keys.payload(ref)) == -1
-        assert await run(redis, scripts.emit(keys, ref, place, b"", 3600, 0, [])) == (True, 2)
+        assert await emit(redis, keys, one, 0) == (True, 2)
         await redis.zadd(keys.deadlines, {ref: 1})
         assert await cancel(redis, keys, ref, overdue=True) == [Ended.ENDED]
         assert not await redis.exists(keys.payload(ref), keys.holds, keys.deadlines, keys.notes)

@@ -19,6 +19,7 @@ from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 from tests.helpers import (
     CALLER,
+    claim,
     deploy_config,
     finish,
     new_ref,
@@ -144,6 +145,27 @@ async def test_pipelined_calls_of_a_forgotten_script_are_all_carried_out_once(
 
     assert [await answer for answer in answers] == [{}] * 20
     assert await redis.xlen(keys.lane("normal")) == 20
+
+
+@pytest.mark.anyio
+async def test_calls_do_not_overtake_each_other_on_a_server_that_did_not_know_the_script(
+    settings: Settings, redis: Control, keys: DeploymentKeys
+) -> None:
+    await deploy_config(redis, keys)
+    first, second = new_ref(), new_ref()
+    link = await dial(settings, "test")
+    await redis.script_flush()
+
+    call = scripts.submit(keys, CALLER, request(first))
+    answers = [
+        link.run(call),
+        link.ask("SCRIPT", "LOAD", call.script.source),  # as somebody else may do in just this moment
+        link.run(scripts.submit(keys, CALLER, request(second))),
+    ]
+
+    assert [await answers[0], await answers[2]] == [{}, {}]
+    assert [one.ref for one in await claim(redis, keys, 2)] == [first, second]
+    link.close()
 
 
 @pytest.mark.anyio

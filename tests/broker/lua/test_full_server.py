@@ -23,6 +23,7 @@ from tests.helpers import (
     cancel,
     claim,
     deploy_config,
+    emit,
     finish,
     new_ref,
     read_state,
@@ -208,8 +209,7 @@ async def test_stream_goes_on_to_its_end(redis: Control, keys: DeploymentKeys, f
     (one,) = await seed_running(redis, keys, extras=asking(stream=4))
     await fill()
 
-    call = scripts.emit(keys, one.ref, f"normal {one.entry.decode()}", CALLER.encode(), 60, 0, [b"a", b"b"])
-    emitted = await run(redis, call)
+    emitted = await emit(redis, keys, one, 0, b"a", b"b")
     removed = await run(redis, scripts.consume(keys, one.ref, 2))
     await finish(redis, keys, one)
 

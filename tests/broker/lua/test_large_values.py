@@ -16,12 +16,14 @@ from tests.helpers import (
     claim,
     deploy_config,
     finish,
+    now_ms,
     open_inbox,
     read_everything,
     read_result,
     read_state,
     read_states,
     seed_running,
+    wait_until,
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
@@ -101,6 +103,11 @@ async def test_large_value_of_another_attempt_is_not_this_ones(redis: Control, k
     await deploy_config(redis, keys)
     (late,) = await seed_running(redis, keys)
     await write_value(redis, keys, late)
+
+    async def is_later() -> bool:  # within a millisecond, two lanes give the same entry id
+        return await now_ms(redis) > int(late.entry.partition(b"-")[0])
+
+    await wait_until(is_later)
     await run(redis, scripts.release(keys, "normal", REPLICA, "killed", expired=False))
     (second,) = await claim(redis, keys, replica="r-2")
 

@@ -16,6 +16,7 @@ from tests.helpers import (
     cancel,
     claim,
     deploy_config,
+    emit,
     finish,
     new_ref,
     open_inbox,
@@ -29,23 +30,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.fake]
 
 STREAMING = asking(stream=4)
 STALE = (False, 0)
-
-
-def place(one: Claimed) -> str:
-    return f"{one.lane} {one.entry.decode()}"
-
-
-async def emit(
-    redis: Control,
-    keys: DeploymentKeys,
-    one: Claimed,
-    first: int,
-    *items: bytes,
-    caller: str = CALLER,
-    ttl_s: Any = 3600,
-) -> tuple[bool, int]:
-    call = scripts.emit(keys, one.ref, place(one), caller.encode(), ttl_s, first, items)
-    return await run(redis, call)
 
 
 async def ask(redis: Control, keys: DeploymentKeys, one: Claimed) -> tuple[bool, int]:
@@ -177,6 +161,18 @@ async def test_key_that_is_no_stream_is_an_error_and_not_silence(redis: Control,
 
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         await emit(redis, keys, one, 0, b"a", b"b")
+
+    assert await read_everything(redis) == before
+
+
+async def test_items_that_overtake_others_are_an_error_and_not_a_loss(redis: Control, keys: DeploymentKeys) -> None:
+    one = await seed_streaming(redis, keys, b"a", b"b")
+    await emit(redis, keys, one, 4, b"e", b"f")
+    before = await read_everything(redis)
+
+    for first, produced in ((2, [b"c", b"d"]), (3, [b"d", b"e"]), (1, [b"b", b"c"])):
+        with pytest.raises(ResponseError, match="OUTOFORDER item"):
+            await emit(redis, keys, one, first, *produced)
 
     assert await read_everything(redis) == before
 

@@ -101,6 +101,21 @@ async def test_parked_request_is_looked_after_at_intervals(redis: Control, keys:
     assert 0 < next_ms - await now_ms(redis) <= REPAIR_AFTER_MS
 
 
+async def test_requests_that_wait_for_very_much_are_looked_after_a_few_at_a_time(
+    redis: Control, keys: DeploymentKeys
+) -> None:
+    await deploy_config(redis, keys)
+    upstream = [f"up.Up~{number:022d}" for number in range(300)]
+    refs = [await seed_parked(redis, keys, *upstream) for _ in range(5)]
+    await age(redis, keys.parked, *refs)
+
+    rows = [(await sweep(redis, keys)).stuck for _ in range(4)]
+
+    assert [len(stuck) for stuck in rows] == [2, 2, 1, 0]
+    assert {row[0].decode() for stuck in rows for row in stuck} == set(refs)
+    assert {len(row[1]) for stuck in rows for row in stuck} == {300}
+
+
 async def test_registered_replica_without_lease_is_named(redis: Control, keys: DeploymentKeys) -> None:
     await redis.hset(keys.config, "max_attempts", 3)
     await redis.hset(keys.replicas, mapping={"dead": "{}", "alive": "{}"})
