@@ -57,7 +57,10 @@ class Hooks:
             log.error("the __del__ of %s raised %s: %s\n%s", who, type(e).__name__, e, user_traceback(e))
 
     def _find(self, name: str) -> Callable[..., Any] | None:
-        hook = getattr(self._instance, name, None) if self._has_methods else None
+        # Asked of its class: a mock has every attribute, and a __getattr__ may have.
+        if not self._has_methods or getattr(type(self._instance), name, None) is None:
+            return None
+        hook = getattr(self._instance, name)
         return hook if callable(hook) else None
 
 

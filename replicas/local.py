@@ -165,6 +165,7 @@ class LocalNode:
             await self._reconcile()
         self._cut_the_late()
         await self._renew()
+        await self._registry.retire()
 
     async def _reconcile(self) -> None:
         await self._drop_the_deleted()
@@ -196,7 +197,7 @@ class LocalNode:
         await self._run(scripts.renew([keys.lease(name) for name in names], LEASE_S, NODE))
         await self._client.hset(keys.replicas, mapping={one.replica: json.dumps(asdict(one)) for one in starting})
         for name in names:
-            birth = Birth(tag, name, NODE, version, config, revision=version)
+            birth = Birth(tag, name, NODE, version, config, revision=version, is_thread=True)
             self._replicas[name] = ReplicaThread(self.settings, birth, recipe, self._changed)
 
     async def _renew(self) -> None:

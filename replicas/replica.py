@@ -56,6 +56,7 @@ class Birth:
     version: str
     config: DeploymentConfig
     revision: str = ""  # of the config
+    is_thread: bool = False  # of a process that goes on after it
 
 
 class Replica:
@@ -306,7 +307,8 @@ class Replica:
                 with contextlib.suppress(BrokerUnavailableError):
                     await self._hand_back(executor)
                 await self._finish_up(executor, finisher, updater)
-                await served.hooks.say_goodbye(f"replica {self._birth.replica} of {self._birth.tag}")
+                if not self._birth.is_thread:  # there, the collector calls __del__
+                    await served.hooks.say_goodbye(f"replica {self._birth.replica} of {self._birth.tag}")
                 await bury(
                     self._run,
                     self._ask_about_others,
