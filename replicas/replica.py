@@ -271,8 +271,8 @@ class Replica:
                 )
 
     async def _stop_reading(self) -> None:
+        await self._wake_read()  # first: who sees that we drain may count on it that we take nothing more
         await self._register("DRAINING")
-        await self._wake_read()
 
     async def _wake_read(self) -> None:
         if self._reads is not None:
