@@ -49,7 +49,7 @@ class Keys:
 
     @cached_property
     def apps(self) -> str:
-        """hash: application -> JSON (version, ingress, deployments, when). Written by deploy, removed by delete."""
+        """hash: application -> JSON (version, ingress, deployments, those leaving, when). Written by deploy, removed by delete."""
         return f"{self.namespace}:apps"
 
     @cached_property
@@ -62,7 +62,7 @@ class Keys:
         return f"{self.namespace}:node:{node}:lease"
 
     def node_plan(self, node: str) -> str:
-        """hash: deployment tag -> JSON (replicas, version). Written by the autoscaler's placement, read by the launcher."""
+        """hash: deployment tag -> JSON (replicas, version, revision). Written by the autoscaler's placement, read by the launcher."""
         return f"{self.namespace}:node:{node}:plan"
 
     def node_wake(self, node: str) -> str:
@@ -188,7 +188,7 @@ class DeploymentKeys:
 
     @cached_property
     def config(self) -> str:
-        """hash: what scripts and components must know (version, config as JSON, max_attempts, result_ttl_s). Ends with the deployment."""
+        """hash: what scripts and components must know (version, revision, config as JSON, ...). Ends with the deployment."""
         return f"{self.prefix}config"
 
     @cached_property
@@ -198,7 +198,7 @@ class DeploymentKeys:
 
     @cached_property
     def status(self) -> str:
-        """hash: state, message, traceback, target and reason, override. Ends with the deployment."""
+        """hash: state, message, traceback, what was refused, last death, target and reason, override. Ends with the deployment."""
         return f"{self.prefix}status"
 
     @cached_property
@@ -208,7 +208,7 @@ class DeploymentKeys:
 
     @cached_property
     def replicas(self) -> str:
-        """hash: replica -> JSON (node, pid, state, version, connections). Removed by the script that buries the replica."""
+        """hash: replica -> JSON (node, pid, state, version, revision, connections). Removed by the script that buries the replica."""
         return f"{self.prefix}replicas"
 
     def lease(self, replica: str) -> str:

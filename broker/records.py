@@ -137,6 +137,8 @@ class DeploymentView:
             return "DEPLOY_FAILED"
         if not self.has_target:
             return "UPDATING"
+        if any(r.revision != self.revision for r in self.running):
+            return "UPDATING"
         running, others = len(self.running), len(self.replicas) - len(self.running)
         if running == self.target and not others:
             return "HEALTHY"

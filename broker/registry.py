@@ -4,7 +4,7 @@ import json
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import anyio
@@ -298,6 +298,12 @@ class Registry:
         except ExceptionGroup as group:  # a caller that catches an outage must see it as one
             raise group.exceptions[0] from None
         return [view for pair in order if (view := found[pair]) is not None]
+
+    async def without_the_dead(self, view: DeploymentView) -> DeploymentView:
+        """The same without replicas that have no lease any more: it may take seconds until they are buried."""
+        keys = self.keys_of(view.tag)
+        alive = [r for r in view.replicas if await self.client.exists(keys.lease(r.replica))]
+        return replace(view, replicas=alive)
 
     async def decisions(self, tag: str, count: int = 20) -> list[dict[str, str]]:
         """The last scaling decisions, newest first; `at_ms` is the server's time of each."""

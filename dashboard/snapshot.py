@@ -228,7 +228,7 @@ def _deployment(view: DeploymentView, rates: Rates, dead_letters: int) -> Deploy
         name=view.name,
         version=view.version,
         status=view.status,
-        reason=view.reason,
+        reason=view.trouble or view.reason,
         failure=view.failure,
         traceback=view.traceback,
         waiting=backlog.waiting,

@@ -200,7 +200,7 @@ async def _not_up(registry: Registry, record: AppRecord) -> list[str]:
             f"application {record.name!r} was deleted or replaced while it was coming up; deploy it again",
             deployment=record.name,
         )
-    return [view.name for view in present if not view.is_up]
+    return [view.name for view in present if not view.is_up and not (await registry.without_the_dead(view)).is_up]
 
 
 def _raise_what_failed(views: list[DeploymentView], revision: str) -> None:

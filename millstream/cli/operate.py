@@ -103,7 +103,11 @@ class _Status:
         table = _table("deployment", "replica", "state", "node", "pid", "up")
         rows = [(view, replica) for view in self.views for replica in view.replicas]
         for view, one in rows[:REPLICAS_SHOWN]:
-            state = one.state if one.version == view.version else f"{one.state} (old version)"
+            state = one.state
+            if one.version != view.version:
+                state += " (old version)"
+            elif one.revision != view.revision:
+                state += " (old config)"
             up = for_people(max(0, self.now_ms - one.started_ms) / 1000)
             table.add_row(view.tag, one.replica, _coloured(state), one.node, str(one.pid), up)
         if len(rows) > REPLICAS_SHOWN:

@@ -207,7 +207,8 @@ def _set_title(text: str) -> None:
 def deploy(server: Server, target: str, name: str, timeout_s: float | None) -> None:
     """Deploy an application to what runs already.
 
-    Waits until it serves. Its replicas start where `millstream launcher` runs. An application of the same name is replaced.
+    Waits until it serves. Its replicas start where `millstream launcher` runs. An application of the same name is replaced
+    while it serves; replicas whose code has not changed stay, and take new options over.
     """
     check_name("application", name)
     set_up_logging(verbose=False)

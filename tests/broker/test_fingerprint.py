@@ -131,7 +131,7 @@ def test_options_of_something_else_are_code(project: Project) -> None:
 
 
 def test_file_that_is_no_python_is_taken_as_it_is(project: Project) -> None:
-    project.write("package/late.py", "deployment = (((")
+    project.write("package/late.py", "x.options((((")
     before = project.code()
 
     project.replace("package/late.py", "(((", "((((")

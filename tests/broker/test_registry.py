@@ -1,7 +1,7 @@
 """The control plane's records: what is deployed, what may be deleted when, who lives, and one view of it all."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import anyio
@@ -46,7 +46,7 @@ def new(name: str = "Model", **options: Any) -> NewDeployment:
 async def add_replica(
     registry: Registry, keys: DeploymentKeys, name: str, *, version: str = "", state: str = "RUNNING"
 ) -> None:
-    record = ReplicaRecord(name, "n-1", 1, version, state, 0)
+    record = ReplicaRecord(name, "n-1", 1, version, state, 0, revision=version)
     await registry.client.hset(keys.replicas, name, json.dumps(asdict(record)))
     await run(registry.client, scripts.renew([keys.lease(name)], 60, "launcher"))
 
@@ -440,6 +440,23 @@ def test_deployment_is_up_when_all_that_take_requests_go_by_its_version_and_conf
     assert seen.is_up is expected
 
 
+async def test_the_dead_are_not_waited_for(redis: Control, keys: DeploymentKeys, registry: Registry) -> None:
+    first = await registry.deploy("app", "Model", [coded("a")])
+    await run(redis, scripts.decide(keys, 1, 1, "", {}))
+    await add_replica(registry, keys, "r-dead", version=first.version)
+    await redis.delete(keys.lease("r-dead"))
+    second = await registry.deploy("app", "Model", [coded("a")])
+    alive = ReplicaRecord("r-alive", "n-1", 1, first.version, "RUNNING", 0, revision=second.version)
+    await redis.hset(keys.replicas, "r-alive", json.dumps(asdict(alive)))
+    await run(redis, scripts.renew([keys.lease("r-alive")], 60, "launcher"))
+
+    seen = await view(registry)
+
+    assert not seen.is_up
+    assert (await registry.without_the_dead(seen)).replicas == [alive]
+    assert (await registry.without_the_dead(seen)).is_up
+
+
 async def test_nothing_is_seen_where_nothing_is_deployed(registry: Registry) -> None:
     assert await registry.view("app", "Model") is None
     assert await registry.views() == []
@@ -484,6 +501,7 @@ async def test_view_holds_config_decision_backlog_and_replicas(
         (3, [("new", "RUNNING")], "UPSCALING"),
         (1, [("new", "RUNNING"), ("new", "RUNNING")], "DOWNSCALING"),
         (1, [("new", "RUNNING"), ("new", "DRAINING")], "DOWNSCALING"),
+        (2, [("new", "RUNNING"), ("of another config", "RUNNING")], "UPDATING"),
     ],
 )
 async def test_status_is_ray_serves_word_for_it(
@@ -498,8 +516,11 @@ async def test_status_is_ray_serves_word_for_it(
     if target is not None:
         await run(redis, scripts.decide(keys, 1, target, "", {}))
     for number, (age, state) in enumerate(replicas):
-        version = record.version if age == "new" else "before"
+        version = "before" if age == "old" else record.version
         await add_replica(registry, keys, f"r-{number}", version=version, state=state)
+        if age == "of another config":
+            changed = replace((await view(registry)).replicas[number], revision="before")
+            await redis.hset(keys.replicas, changed.replica, json.dumps(asdict(changed)))
 
     assert (await view(registry)).status == status
 

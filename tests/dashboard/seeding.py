@@ -73,7 +73,7 @@ async def seed_requests(client: Control, settings: Settings) -> None:
 
 async def seed_replica(client: Control, settings: Settings, tag: str, replica: str, state: str, version: str) -> None:
     registry = Registry(client, settings)
-    record = ReplicaRecord(replica, NODE, 5000, version, state, int(time.time() * 1000) - 90_000)
+    record = ReplicaRecord(replica, NODE, 5000, version, state, int(time.time() * 1000) - 90_000, revision=version)
     keys = registry.keys_of(tag)
     await run(client, scripts.renew([keys.lease(replica)], LEASE_S, NODE))
     await registry.client.hset(keys.replicas, replica, json.dumps(asdict(record)))

@@ -5,7 +5,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import millstream
 from millstream import serve
 from millstream.broker.registry import Registry
 from millstream.errors import DeployFailedError
+from millstream.handles import engines
 from millstream.runtime import with_registry
 from millstream.status import DeploymentStatus
 from tests.scenarios.processes import wait_for
@@ -37,7 +41,7 @@ def run(**options: Any) -> Any:
 
 
 def wait_for_replicas(count: int, name: str = "Tuned") -> set[int]:
-    wait_for(lambda: status(name).replica_states == {"RUNNING": count}, what=f"{count} replicas")
+    wait_for(lambda: status(name).replica_states == {"RUNNING": count}, 30.0, f"{count} replicas")
     return pids(name)
 
 
@@ -83,8 +87,13 @@ def test_reconfigure_waits_for_what_runs_and_what_comes_waits_for_it(tmp_path: P
     deploying = threading.Thread(target=run, kwargs={"user_config": {"n": 2}, "graceful_shutdown_timeout_s": 60})
     deploying.start()
     wait_for(lambda: deployed_config()["user_config"] == {"n": 2}, what="the new config")
-    late = [handle.options(block_until="queued").remote() for _ in range(20)]
-    assert millstream.wait(late, num_returns=20, timeout=0.3)[1]  # some wait: for the end of what runs
+    late = []
+
+    def is_one_waiting() -> bool:
+        late.append(handle.options(block_until="queued").remote())
+        return bool(millstream.wait(late[-1:], timeout=0.2)[1])
+
+    wait_for(is_one_waiting, what="a request that waits for the end of what runs")
     (tmp_path / "go").touch()
     deploying.join(20)
 
@@ -109,7 +118,7 @@ def test_error_in_reconfigure_fails_the_deploy_and_the_old_config_serves_on() ->
     with pytest.raises(DeployFailedError, match=r"goes on as it was before.*ValueError: no such threshold") as caught:
         run(num_replicas=3, user_config={"raise": "no such threshold"})
 
-    assert 'raise ValueError(config["raise"])' in caught.value.remote_traceback
+    assert 'raise ValueError(config.get("raise"))' in caught.value.remote_traceback
     assert {tuple(handle.call()[:2][1].items()) for _ in range(30)} == {(("n", 1),)}
     assert wait_for_replicas(3) == before
     assert status().status == "HEALTHY" and "no such threshold" in status().message
@@ -139,6 +148,55 @@ def test_config_that_kills_its_replica_kills_one_only() -> None:
 
     assert {handle.call()[1]["n"] for _ in range(30)} == {1}
     assert len(wait_for_replicas(3) & before) == 2
+
+
+@pytest.fixture
+def second_node() -> Iterator[None]:
+    """Another launcher, for the server that this process has started."""
+    serve.start()
+    environment = {**os.environ, **engines.settings().to_environment()}
+    command = [sys.executable, "-m", "millstream", "launcher", "--node", "second"]
+    launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    yield
+    launcher.terminate()
+    launcher.wait(20)
+
+
+def nodes() -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for replica in status().replicas:
+        found.setdefault(replica.node, set()).add(replica.pid)
+    return found
+
+
+@pytest.mark.parametrize("is_for_good", [False, True])
+def test_replicas_on_several_nodes_go_forward_and_back_together(second_node: None, is_for_good: bool) -> None:
+    wait_for(lambda: len(node_names()) == 2, 20.0, "a second node")
+    handle = run(num_replicas=4, user_config={"n": 1})
+    before = wait_for_replicas(4)
+    assert sorted(len(there) for there in nodes().values()) == [2, 2]
+    (last,) = sorted(nodes()["second"])[-1:]
+
+    with pytest.raises(DeployFailedError, match="goes on as it was before"):
+        run(num_replicas=4, user_config={"n": 2, "raise_in": last, "is_for_good": is_for_good})
+
+    wait_for(lambda: all(config_of(handle) == {"n": 1} for _ in range(40)), 20.0, "the old config everywhere")
+    after = wait_for_replicas(4)
+    assert last in after
+    assert is_for_good or after == before
+    run(num_replicas=4, user_config={"n": 3})
+    assert {config_of(handle)["n"] for _ in range(40)} == {3}
+
+
+def config_of(handle: Any) -> Any:
+    return handle.call()[1]
+
+
+def node_names() -> list[str]:
+    async def read(registry: Registry) -> list[str]:
+        return list(await registry.nodes())
+
+    return with_registry(read)
 
 
 def test_replica_killed_while_it_reconfigures_is_replaced_by_one_of_the_new_config(tmp_path: Path) -> None:

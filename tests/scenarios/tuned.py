@@ -27,9 +27,11 @@ class Tuned:
                 await asyncio.sleep(0.005)
         if config.get("die"):
             os._exit(7)
-        if config.get("raise"):
+        if config.get("raise") or config.get("raise_in") == os.getpid():
             self._config = "half"
-            raise ValueError(config["raise"])
+            raise ValueError(config.get("raise"))
+        if isinstance(self._config, dict) and self._config.get("is_for_good"):
+            raise RuntimeError("there is no way back")
         self._config = config
 
     async def __call__(self) -> tuple[int, Any, int]:
