@@ -160,7 +160,7 @@ def ensure_local() -> "LocalNode":
         node = local_node()
         if node is None or node.trouble:
             if not engines.is_initialized():
-                _use(_start_server(None, None, meanwhile=load_local_mode))
+                engines.use(_start_server(None, None, meanwhile=load_local_mode))  # ours and new: nothing to check
             elif others := with_registry(_launchers):
                 raise ConfigError(
                     f"local=True runs replicas in this process, and {others} would run them, too; choose another "
