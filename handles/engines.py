@@ -6,6 +6,7 @@ Also the process-wide settings that `millstream.init` makes, and what happens at
 import asyncio
 import atexit
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -44,6 +45,24 @@ def settings() -> Settings:
 
 def is_initialized() -> bool:
     return _settings is not None
+
+
+def settings_for_child() -> Settings | None:
+    """What a handle or ref tells a process that multiprocessing is spawning with it as an argument; else None.
+
+    They are pickled into a pipe to a child of this very process then, which may know all that we know (multiprocessing
+    hands its own key over in the same way). Everywhere else they pickle without URL and secret.
+    """
+    context = sys.modules.get("multiprocessing.context")
+    return _settings if context is not None and context.get_spawning_popen() is not None else None
+
+
+def made_in_child(settings: Settings, cls: Callable[..., T], *arguments: Any) -> T:
+    """The other end of `settings_for_child`. Settings that the child has already are kept."""
+    global _settings
+    with _lock:
+        _settings = _settings or settings
+    return cls(*arguments)
 
 
 def current() -> Engine:

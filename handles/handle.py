@@ -65,7 +65,9 @@ class _Handle:
         return f"{type(self).__name__}({self._deployment!r}, app_name={self._app!r}{method})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._deployment, self._app, self._options)
+        made = type(self), self._deployment, self._app, self._options
+        settings = engines.settings_for_child()
+        return (made[0], made[1:]) if settings is None else (engines.made_in_child, (settings, *made))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Handle):

@@ -14,7 +14,9 @@ from millstream.handles import engines
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 
-_lock = threading.RLock()  # of which engine fills whose cell; one for all refs, so that a forked child can have a new one
+_lock = (
+    threading.RLock()
+)  # of which engine fills whose cell; one for all refs, so that a forked child can have a new one
 
 
 def _forget_lock() -> None:
@@ -76,7 +78,8 @@ class ObjectRef:
         return self._id == other._id if isinstance(other, ObjectRef) else NotImplemented
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectRef, (self.id,)
+        settings = engines.settings_for_child()
+        return (ObjectRef, (self.id,)) if settings is None else (engines.made_in_child, (settings, ObjectRef, self.id))
 
     # asynchronous
 
