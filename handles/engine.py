@@ -94,7 +94,7 @@ class Engine:
         for request in self.chores.unsent():
             other.loop.call_soon_threadsafe(other.chores.adopt, request)
 
-    def close(self) -> None:
+    def close(self, *, tell_who_waits: bool = True) -> None:
         """Close the connections; whoever still waits gets BrokerUnavailableError. Twice is as once."""
         if self.is_closed:
             return
@@ -103,6 +103,8 @@ class Engine:
         self.deadlines.close()
         self.drops.flush()
         self.lines.close()
+        if not tell_who_waits:
+            return
         error = BrokerUnavailableError(
             "the connection was closed by millstream.shutdown() or the end of its event loop"
         )

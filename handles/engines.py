@@ -6,6 +6,7 @@ Also the process-wide settings that `millstream.init` makes, and what happens at
 import asyncio
 import atexit
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -46,9 +47,27 @@ def is_initialized() -> bool:
     return _settings is not None
 
 
+def settings_for_child() -> Settings | None:
+    """What a handle or ref tells a process that multiprocessing is spawning with it as an argument; else None.
+
+    They are pickled into a pipe to a child of this very process then, which may know all that we know (multiprocessing
+    hands its own key over in the same way). Everywhere else they pickle without URL and secret.
+    """
+    context = sys.modules.get("multiprocessing.context")
+    return _settings if context is not None and context.get_spawning_popen() is not None else None
+
+
+def made_in_child(settings: Settings, cls: Callable[..., T], *arguments: Any) -> T:
+    """The other end of `settings_for_child`. Settings that the child has already are kept."""
+    global _settings
+    with _lock:
+        _settings = _settings or settings
+    return cls(*arguments)
+
+
 def current() -> Engine:
-    """The engine of the running loop."""
-    loop = asyncio.get_running_loop()
+    """The engine of the running loop. RuntimeError without one."""
+    loop = loop_here("this")
     engine = _by_loop.get(loop)
     if engine is None or engine.is_closed:
         engine = Engine(settings())
@@ -76,6 +95,7 @@ class Background:
 
     loop: asyncio.AbstractEventLoop
     engine: Engine
+    _is_exit = False
 
     def __init__(self, settings: Settings) -> None:
         started = threading.Event()
@@ -94,7 +114,7 @@ class Background:
         self.engine = Engine(settings)
         started.set()
         await self._is_closed.wait()
-        self.engine.close()
+        self.engine.close(tell_who_waits=not self._is_exit)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run a coroutine there and block for its result."""
@@ -109,8 +129,9 @@ class Background:
         """Have a function called there, soon."""
         self.loop.call_soon_threadsafe(function, *arguments)
 
-    def close(self) -> None:
+    def close(self, *, at_exit: bool = False) -> None:
         """End the thread in order. From any other thread, one that runs a loop of its own included."""
+        self._is_exit = at_exit
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self._is_closed.set)
             self._thread.join(timeout=2.0)
@@ -153,6 +174,17 @@ def warn_if_on_a_loop(what: str, instead: str) -> None:
         )
 
 
+def loop_here(what: str) -> asyncio.AbstractEventLoop:
+    """The loop this thread is running. RuntimeError, which says what to do, for `what` cannot do without."""
+    loop = running_loop()
+    if loop is None:
+        raise RuntimeError(
+            f"no asyncio event loop runs in this thread, and {what} needs one (trio has none: anyio runs with its asyncio "
+            "backend); use a SyncHandle and ref.result() here, in a thread if another kind of loop must not be blocked"
+        )
+    return loop
+
+
 def running_loop() -> asyncio.AbstractEventLoop | None:
     """The loop this thread is running, if it is."""
     try:
@@ -172,8 +204,11 @@ def _forget_in_child() -> None:
 
 
 def _close_at_exit() -> None:
-    if _background is not None:
-        _background.close()
+    """Whoever still waits is a daemon thread, and ends with the process: an error there would only be printed."""
+    global _background
+    background, _background = _background, None  # who calls after this gets another one, if Python still starts threads
+    if background is not None:
+        background.close(at_exit=True)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -65,7 +65,9 @@ class _Handle:
         return f"{type(self).__name__}({self._deployment!r}, app_name={self._app!r}{method})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._deployment, self._app, self._options)
+        made = type(self), self._deployment, self._app, self._options
+        settings = engines.settings_for_child()
+        return (made[0], made[1:]) if settings is None else (engines.made_in_child, (settings, *made))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Handle):
@@ -272,11 +274,7 @@ class DeploymentHandle(_Handle):
     def _route_here(self) -> tuple[Engine, Route]:
         engine = self._engine
         if engine is None or engine.is_closed or engine.loop is not asyncio._get_running_loop():
-            if engines.running_loop() is None:
-                raise RuntimeError(
-                    f"no event loop runs in this thread, and {self!r} needs one; "
-                    f"call it in a coroutine, or use SyncHandle({self._deployment!r}, {self._app!r})"
-                )
+            engines.loop_here(repr(self))
             engine = self._engine = engines.current()
             self._route = engine.route(self._tag)
         assert self._route is not None
@@ -332,6 +330,7 @@ class SyncHandle(_Handle):
 
         In the order of the items, or as they complete. The first error is raised in its place and ends the iteration.
         """
+        engines.warn_if_on_a_loop(f"{type(self).__name__}.map()", "`async for` with a DeploymentHandle's map()")
 
         def send(item: Any) -> Cell:
             return self._call_cell((item,), {}, snapshot=True)

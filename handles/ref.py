@@ -78,19 +78,21 @@ class ObjectRef:
         return self._id == other._id if isinstance(other, ObjectRef) else NotImplemented
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectRef, (self.id,)
+        settings = engines.settings_for_child()
+        return (ObjectRef, (self.id,)) if settings is None else (engines.made_in_child, (settings, ObjectRef, self.id))
 
     # asynchronous
 
     def __await__(self) -> Generator[Any, None, Any]:
+        loop = engines.loop_here("awaiting a ref")
         cell = self._followed_here()
         if not cell.has_ended:
-            yield from cell.future(asyncio.get_running_loop()).__await__()
+            yield from cell.future(loop).__await__()
         return cell.read()
 
     def add_done_callback(self, callback: Callable[["ObjectRef"], object], *, context: Any = None) -> None:
         """Call `callback(ref)` in the running loop once the request has ended; what `asyncio.wait` needs."""
-        loop = asyncio.get_running_loop()
+        loop = engines.loop_here("a callback")
         future = self._followed_here().future(loop)
         future.add_done_callback(lambda _: callback(self), context=context)
 

@@ -275,7 +275,10 @@ class Serving:
     async def _start(self, node: Node, app: str, version: str) -> Hosted:
         hosted = Hosted(self._settings, node, app=app, version=version)
         self._hosted.append(hosted)
-        return await hosted.start()
+        await hosted.start()
+        async with open_control(self._settings, "test") as client:  # as a launcher does, who would renew it
+            await client.set(Keys(self._settings.namespace).deployment(hosted.tag).lease(hosted.name), NODE, ex=600)
+        return hosted
 
     async def _drain(self) -> None:
         hosted, self._hosted = self._hosted, []

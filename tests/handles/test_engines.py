@@ -1,10 +1,6 @@
 """Which engine serves whom, and that each one ends in order: with its loop, at shutdown, at exit, and in a fork."""
 
 import asyncio
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 from typing import Any
 
@@ -18,6 +14,7 @@ from millstream.errors import BrokerUnavailableError
 from millstream.handles import engines
 from millstream.handles.engine import Engine
 from millstream.handles.handle import DeploymentHandle, SyncHandle
+from tests.handles.scripts import run_script
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving, connections
 
@@ -190,33 +187,6 @@ async def test_engine_closed_while_it_connects_leaves_no_connection(
 
 
 # whole processes
-
-
-def run_script(script: str, settings: Settings) -> str:
-    """What a script of its own process prints; it must end well, and say nothing on stderr, where warnings are errors."""
-    completed = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", PRELUDE + textwrap.dedent(script)],
-        env={**os.environ, **settings.to_environment()},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert (completed.stderr, completed.returncode) == ("", 0)
-    return completed.stdout
-
-
-PRELUDE = """
-import asyncio, gc, os, sys, threading, warnings
-import millstream
-from millstream import serve
-handle = serve.get_deployment_handle("Model", "app")
-sync = serve.get_deployment_handle("Model", "app", sync=True)
-
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece: several processes write here
-
-"""
 
 
 @pytest.mark.parametrize("runner", ["asyncio.run", "__import__('uvloop').run"])

@@ -151,7 +151,7 @@ def test_handle_that_is_called_itself_says_what_to_write(handle: Any) -> None:
 
 @pytest.mark.parametrize("how", ["remote", "call"])
 def test_asynchronous_handle_without_a_loop_says_what_to_use_instead(how: str) -> None:
-    with pytest.raises(RuntimeError, match=r"no event loop runs in this thread.*SyncHandle"):
+    with pytest.raises(RuntimeError, match=r"no asyncio event loop runs in this thread.*SyncHandle"):
         getattr(DeploymentHandle("Model"), how)(1)
 
 
