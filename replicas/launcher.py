@@ -297,7 +297,7 @@ class Launcher:
         elif "well" in message:
             process.ongoing = message["well"]
         elif "recycling" in message:
-            process.expect_end()
+            process.expect_end(message["grace_s"])
             self._nudge.set()
         elif "failed" in message:
             process.failure = (message["failed"], message["traceback"])
