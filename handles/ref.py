@@ -3,8 +3,8 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
 
 from millstream.broker.keys import split_ref
 from millstream.broker.states import State
@@ -12,6 +12,8 @@ from millstream.errors import GetTimeoutError
 from millstream.handles import engines
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
+
+T = TypeVar("T")
 
 
 class ObjectRef:
@@ -120,15 +122,17 @@ class ObjectRef:
         replica is replaced. Blocks for one round trip; `await ref.acancel()` does not. BrokerUnavailableError.
         """
         engines.warn_if_on_a_loop("ref.cancel()", "`await ref.acancel()`")
-        self._flushed_elsewhere()
-        return engines.background().run(engines.background().engine.chores.cancel(self._id))
+        return self._ask_blocking(lambda engine: engine.endings.cancel(self._id))
 
     async def acancel(self) -> bool:
         """As `cancel`, without blocking the loop."""
-        engine = engines.current()
-        if self._engine is not None and self._engine is not engine and not self._engine.is_closed:
-            self._engine.resubmit_elsewhere(engine)
-        return await engine.chores.cancel(self._id)
+        return await self._ask(lambda engine: engine.endings.cancel(self._id))
+
+    def cancel_unmatched(self) -> None:
+        """Cancel the request soon, unless a replica has it or it is parked or delayed. For the task of `remote`."""
+        cell, engine = self._cell, self._engine
+        if cell is not None and engine is not None and not cell.is_matched and not engine.is_closed:
+            engine.endings.cancel_soon([self._id])
 
     def status(self) -> State:
         """Where the request is: parked, delayed, queued, running, succeeded, failed, dead, cancelled or timed_out.
@@ -136,18 +140,32 @@ class ObjectRef:
         Asks the server. Raises RefNotFoundError, BrokerUnavailableError.
         """
         engines.warn_if_on_a_loop("ref.status()", "`await ref.astatus()`")
-        self._flushed_elsewhere()
-        return engines.background().run(engines.background().engine.chores.state(self._id))
+        return self._ask_blocking(lambda engine: engine.chores.state(self._id))
 
     async def astatus(self) -> State:
         """As `status`, without blocking the loop."""
-        return await engines.current().chores.state(self._id)
+        return await self._ask(lambda engine: engine.chores.state(self._id))
 
-    def _flushed_elsewhere(self) -> None:
-        """What a blocked loop of ours has not sent yet is sent by the background's engine, ahead of what follows."""
-        background = engines.background().engine
-        if self._engine is not None and self._engine is not background and not self._engine.is_closed:
-            self._engine.resubmit_elsewhere(background)
+    def _ask_blocking(self, what: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """Have the engine that sent the request do something; that of the background, if this thread holds up its loop."""
+        engine = self._engine
+        if engine is not None and _goes_on(engine):
+            return engines.run_on(engine.loop, what(engine))
+        background = engines.background()
+        if engine is not None and not engine.is_closed:
+            engine.resubmit_elsewhere(background.engine)  # ahead of what follows
+        return background.run(what(background.engine))
+
+    async def _ask(self, what: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """As `_ask_blocking`, from a loop."""
+        engine, here = self._engine, engines.current()
+        if engine is None or engine is here or engine.is_closed:
+            return await what(here)
+        if _goes_on(engine):
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(what(engine), engine.loop))
+        engine.resubmit_elsewhere(here)
+        await asyncio.sleep(0)  # so that we have it
+        return await what(here)
 
     # synchronous
 
@@ -227,3 +245,8 @@ class ObjectRef:
     def _new_cell(self, engine: Engine) -> Cell:
         tag, local = split_ref(self._id)
         return Cell(engine.route(tag).codec, local.encode())
+
+
+def _goes_on(engine: Engine) -> bool:
+    """Does its loop run, while this thread waits for something?"""
+    return not engine.is_closed and engine.loop.is_running() and engine.loop is not engines.running_loop()

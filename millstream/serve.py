@@ -15,7 +15,8 @@ from millstream.broker.registry import NewDeployment, Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
 from millstream.errors import ConfigError, DeployFailedError
-from millstream.handles import engines
+from millstream.handles import context, engines
+from millstream.handles.context import Request
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.runtime import ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
@@ -28,12 +29,14 @@ __all__ = [
     "DeploymentHandle",
     "DeploymentStatus",
     "ReplicaStatus",
+    "Request",
     "ServeStatus",
     "SyncHandle",
     "delete",
     "deployment",
     "get_app_handle",
     "get_deployment_handle",
+    "get_request_context",
     "run",
     "shutdown",
     "start",
@@ -179,3 +182,18 @@ def get_deployment_handle(deployment_name: str, app_name: str = "default", *, sy
     """A handle by name. Sends nothing: an unknown deployment is reported by the first request."""
     check_name("deployment", deployment_name)
     return (SyncHandle if sync else DeploymentHandle)(deployment_name, _checked(app_name))
+
+
+def get_request_context() -> Request:
+    """What code may know of the request that it runs for: its id, and whether it was cancelled. RuntimeError outside of one.
+
+    A cancelled coroutine is told by asyncio.CancelledError; a sync method, whose thread nobody can end, asks
+    `is_cancelled` now and then, or sleeps with `wait_cancelled(timeout_s)`.
+    """
+    request = context.current.get()
+    if request is None:
+        raise RuntimeError(
+            "no request runs here: call get_request_context() in a method of a deployment, "
+            "in its own task or thread (contextvars.copy_context() takes it along into others)"
+        )
+    return request
