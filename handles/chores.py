@@ -23,6 +23,7 @@ from millstream.handles.patience import RETRY_S
 from millstream.handles.route import Pending, Request, Route
 
 PAYLOAD_TTL_MS = 600_000  # of large arguments, until submit has seen them
+WAKES_PER_S = 500  # at most, of one deployment: delayed requests are due to some ms
 
 
 class Chores:
@@ -35,6 +36,7 @@ class Chores:
         self._sending: dict[bytes, Request] = {}
         self._sending_bytes = 0
         self._fetching: set[bytes] = set()
+        self._wakes: set[tuple[str, int]] = set()  # tag, and when, in buckets
 
     def start(self, chore: Coroutine[Any, Any, Any]) -> None:
         task = self._hub.loop.create_task(chore)
@@ -153,16 +155,27 @@ class Chores:
 
     def _wake_when_due(self, request: Request) -> None:
         """Sweepers look about once a second; we know when. A caller that is gone by then leaves it to them."""
-        delay_s = max(request.delay_ms / 1000, request.due_ms / 1000 - time.time())
-        if delay_s <= 0:
+        if not (request.delay_ms or request.due_ms):
             return
+        delay_s = max(request.delay_ms / 1000, request.due_ms / 1000 - time.time(), 0.0)
+        bucket = (
+            int((self._hub.loop.time() + delay_s) * WAKES_PER_S) + 1
+        )  # what is due at about the same time wakes together
+        if (request.route.tag, bucket) not in self._wakes:
+            self._wakes.add((request.route.tag, bucket))
+            self._hub.loop.call_at(bucket / WAKES_PER_S + 0.001, self._wake, request.route, bucket)
 
-        def wake() -> None:
-            commands = self._lines.commands
-            if commands is not None:
-                commands.start(scripts.wake(request.route.keys), _ignore)
+    def _wake(self, route: Route, bucket: int) -> None:
+        self._wakes.discard((route.tag, bucket))
+        self._wake_some(route)
 
-        self._hub.loop.call_later(delay_s + 0.002, wake)
+    def _wake_some(self, route: Route) -> None:
+        def woken(count: int | Exception) -> None:
+            if count == scripts.SWEEP_LIMIT:
+                self._wake_some(route)
+
+        if self._lines.commands is not None:
+            self._lines.commands.start(scripts.wake(route.keys), woken)
 
     async def sent_before(self, ref_ids: Iterable[str]) -> None:
         """Return when what we have to send of these requests is under way: commands that follow find them there."""
