@@ -1,13 +1,22 @@
 """Deployments whose requests run until the test lets them go, and what they have to tell."""
 
 import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from millstream import serve
 from millstream.broker.states import State
+from millstream.errors import RequestTimeoutError
 from millstream.handles.handle import DeploymentHandle
 from millstream.handles.ref import ObjectRef
 from tests.replica_helpers import Gate
+
+TIMEOUT_S = 0.3
+SLACK_S = 0.25  # a few tens of ms, and what other processes take of this machine
 
 
 class Notes:
@@ -93,3 +102,12 @@ async def in_state(handle: DeploymentHandle, state: State, notes: Notes) -> Obje
             return await handle.take.remote(first)
         case _:
             return await handle.options(block_until="queued").remote("it")
+
+
+@contextmanager
+def in_time(timeout_s: float = TIMEOUT_S, slack_s: float = SLACK_S) -> Iterator[Any]:
+    """What is in it raises RequestTimeoutError at the deadline, and neither before nor long after it."""
+    started = time.monotonic()
+    with pytest.raises(RequestTimeoutError) as caught:
+        yield caught
+    assert timeout_s - 0.002 <= time.monotonic() - started < timeout_s + slack_s

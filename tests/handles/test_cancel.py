@@ -29,11 +29,6 @@ pytestmark = pytest.mark.anyio
 UNKNOWN = "app.Model~" + "u" * 22
 
 
-@pytest.fixture
-def keys() -> DeploymentKeys:
-    return DeploymentKeys("ms", "app.Model")
-
-
 # where a request is
 
 

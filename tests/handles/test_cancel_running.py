@@ -21,11 +21,6 @@ from tests.replica_helpers import Serving, Stage, connections, cut
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def keys() -> DeploymentKeys:
-    return DeploymentKeys("ms", "app.Model")
-
-
 # orders
 
 

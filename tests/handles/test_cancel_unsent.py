@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, RequestCancelledError
 from millstream.handles import endings, engines
@@ -17,11 +16,6 @@ from tests.replica_helpers import Serving
 from tests.servers import Server
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def keys() -> DeploymentKeys:
-    return DeploymentKeys("ms", "app.Model")
 
 
 # not sent yet
