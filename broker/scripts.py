@@ -51,6 +51,12 @@ class Withdrawn(StrEnum):
     SPENT = "spent"  # the one to go back to was withdrawn, too
 
 
+class Forestalled(StrEnum):
+    FORESTALLED = "forestalled"
+    OPEN = "open"  # it has come: it can be cancelled
+    ENDED = "ended"
+
+
 class Supplied(StrEnum):
     QUEUED = "queued"
     DELAYED = "delayed"
@@ -269,6 +275,16 @@ def cancel(
         _taking(keys),
         ("timed_out" if overdue else "cancelled", ttl_s, why, *refs),
         lambda reply: ([read_one(answer) for answer in reply[0]], _waiters(reply[1])),
+    )
+
+
+def forestall(keys: DeploymentKeys, ref: str, ttl_s: int, why: str) -> Call[Forestalled]:
+    """End a request of one's own that may still be on its way to the server, as cancelled."""
+    return Call(
+        script("forestall"),
+        (keys.open, keys.result(ref)),
+        (ref, ttl_s, why),
+        lambda reply: Forestalled(reply.decode()),
     )
 
 

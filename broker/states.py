@@ -37,6 +37,7 @@ class Event(StrEnum):
     SUCCEED = "succeed"  # finish with a value
     FAIL = "fail"  # finish with an error
     CANCEL = "cancel"  # a caller cancels it
+    FORESTALL = "forestall"  # its caller cancels it while it may still be on its way here
     EXPIRE = "expire"  # its deadline has passed, by the server's clock
     DISCARD = "discard"  # its deployment is deleted
 
@@ -46,6 +47,7 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (None, Event.SUBMIT): State.QUEUED,
     (None, Event.PARK): State.PARKED,
     (None, Event.DELAY): State.DELAYED,
+    (None, Event.FORESTALL): State.CANCELLED,
     (State.PARKED, Event.SUPPLY): State.QUEUED,
     (State.PARKED, Event.SUPPLY_EARLY): State.DELAYED,
     (State.PARKED, Event.REJECT): State.FAILED,

@@ -15,6 +15,12 @@ class RefTask(asyncio.Task[ObjectRef]):
 
     ref: ObjectRef
 
+    def cancel(self, msg: Any = None) -> bool:
+        """Before the match this cancels the request, as in Ray; later it does nothing."""
+        if not self.done():  # its coroutine may not have begun, and could not do this then
+            self.ref.cancel_unmatched()
+        return super().cancel(msg)
+
 
 class Later(NamedTuple):
     """Stands in a pickled argument list for the value of a ref, which the replica puts in."""

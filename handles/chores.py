@@ -1,5 +1,5 @@
-"""The few things an engine does in several steps: requests that wait, are large or come after others; cancelling; reading
-large values; the records of streams. Each step may be repeated, and is, over reconnects.
+"""The few things an engine does in several steps: requests that wait, are large or come after others; reading large values;
+the records of streams. Each step may be repeated, and is, over reconnects.
 """
 
 import asyncio
@@ -10,19 +10,21 @@ from typing import Any
 from millstream.broker import outcomes, scripts
 from millstream.broker.keys import split_ref
 from millstream.broker.link import Link
-from millstream.broker.scripts import Ended, Submitted
+from millstream.broker.scripts import Submitted
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
-from millstream.errors import BrokerUnavailableError, MillstreamError, RequestTimeoutError
+from millstream.errors import BrokerUnavailableError
+from millstream.handles import submitter
 from millstream.handles.cell import Cell
 from millstream.handles.holding import Holding
 from millstream.handles.hub import Hub
 from millstream.handles.lines import PATIENCE_S
+from millstream.handles.options import with_time_left
+from millstream.handles.patience import RETRY_S
 from millstream.handles.route import Pending, Request, Route
-from millstream.handles.submitter import RETRY_S, ROOM_AFTER_S
 
 PAYLOAD_TTL_MS = 600_000  # of large arguments, until submit has seen them
-CANCELLED = "its caller cancelled it"
+WAKES_PER_S = 500  # at most, of one deployment: delayed requests are due to some ms
 
 
 class Chores:
@@ -33,8 +35,10 @@ class Chores:
         self._supplier = Supplier(hub.settings, hub.lines.run)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sending: dict[bytes, Request] = {}
+        self._sending_bytes = 0
         self._fetching: set[bytes] = set()
-        self._holding = Holding(hub, self._sending, self.held, self.send_with_patience, self._supplier)
+        self._holding = Holding(hub, self._sending, self.held, self.send_stepwise, self._supplier)
+        self._wakes: set[tuple[str, int]] = set()  # tag, and when, in buckets
 
     def start(self, chore: Coroutine[Any, Any, Any]) -> None:
         task = self._hub.loop.create_task(chore)
@@ -46,8 +50,8 @@ class Chores:
             task.cancel()
 
     def unsent(self) -> list[Request]:
-        """What we have not sent yet. Any thread."""
-        return list(self._sending.values())
+        """What we have not sent yet, and somebody waits for. Any thread, while the loop stands still."""
+        return [request for ref, request in self._sending.items() if ref in self._hub.pending]
 
     def adopt(self, request: Request) -> None:
         """Send a request of another engine of this process."""
@@ -65,9 +69,17 @@ class Chores:
 
     def send(self, request: Request) -> None:
         """Send a request that takes more than one step. It is matched when the server holds it, or as `submit` says."""
-        self._hub.pending[request.pending.ref] = request.pending
+        ref = request.pending.ref
+        self._hub.pending[ref] = request.pending
         self._hub.sender.sent += 1
-        self._sending[request.pending.ref] = request
+        if (first := self._sending.get(ref)) is not None:  # of the same idempotency key: the first one counts
+            first.until_queued |= request.until_queued
+            return
+        if self._sending and self._sending_bytes + request.size_bytes > submitter.MOST_BUFFERED_BYTES:
+            self._hub.sender.refused(request.route, [ref], submitter.too_much(request.route))
+            return
+        self._sending[ref] = request
+        self._sending_bytes += request.size_bytes
         if request.must_wait and request.payload is None:
             self._holding.send(request)
         else:
@@ -75,14 +87,30 @@ class Chores:
 
     def held(self, request: Request) -> None:
         """The server holds it."""
-        request.acknowledge()
-        self._sending.pop(request.pending.ref, None)
-        request.pending.match()
+        self._forget(request)
+        self._hub.pending.get(request.pending.ref, request.pending).match()
         self._wake_when_due(request)
 
-    def send_with_patience(self, request: Request) -> None:
+    def _forget(self, request: Request) -> None:
+        """It is sent, or never will be."""
+        if self._sending.pop(request.pending.ref, None) is not None:
+            self._sending_bytes -= request.size_bytes
+        request.acknowledge()
+
+    def send_stepwise(self, request: Request) -> None:
         """Holding it in one go did not work out: step by step, then, and again after a reconnect."""
         self.start(self._send(request))
+
+    def is_sending(self, ref: bytes) -> bool:
+        return ref in self._sending
+
+    def take_back(self, ref: bytes) -> bool:
+        """Do not send a request. False if the server may have it already, or it is not here."""
+        request = self._sending.get(ref)
+        if request is None or request.was_submitted:
+            return False
+        request.is_withdrawn = True
+        return True
 
     async def _send(self, request: Request) -> None:
         route, pending = request.route, request.pending
@@ -95,7 +123,7 @@ class Chores:
                 return
             request.acknowledge()
             if request.must_wait or request.until_queued:
-                pending.match()
+                self._hub.pending.get(pending.ref, pending).match()
             if answer is not Submitted.NEW:  # sent twice, perhaps by another engine of ours, which then has the reply
                 await self._listen(pending)
             waiter_id = f"{route.tag}~{pending.ref.decode()}"
@@ -105,67 +133,75 @@ class Chores:
         try:
             await self._until_acknowledged(route, pending, step)
         finally:
-            self._sending.pop(pending.ref, None)
-            request.acknowledge()
+            self._forget(request)
 
     async def _offer(self, request: Request) -> Submitted | None:
         """Have the server take the request; None if its caller has given it up meanwhile."""
-        pending, keys = request.pending, request.route.keys
-        room_after_s, last_s = ROOM_AFTER_S
-        while pending.ref in self._hub.pending:
+        ref, keys = request.pending.ref, request.route.keys
+        while True:
             if request.payload is not None:
                 bulk = await self._lines.bulk()
-                await bulk.set_parts(keys.payload(pending.ref.decode()), request.payload, PAYLOAD_TTL_MS)
+                await bulk.set_parts(keys.payload(ref.decode()), request.payload, PAYLOAD_TTL_MS)
+            if request.is_withdrawn or ref not in self._hub.pending:
+                return None
+            request.was_submitted = True
             answer = await self._submit(request)
-            while answer is Submitted.FULL and b'"patient"' in request.extras and pending.ref in self._hub.pending:
-                await asyncio.sleep(room_after_s)
-                room_after_s = min(last_s, 2 * room_after_s)
-                answer = await self._submit(request)
             if answer is Submitted.FULL:
                 raise outcomes.queue_full(request.route.tag)
             if answer is not Submitted.MISSING:
                 return answer
-        return None
 
     async def _submit(self, request: Request) -> Submitted:
-        ref, keys = request.pending.ref, request.route.keys
+        ref, keys, extras = request.pending.ref, request.route.keys, request.extras
+        if b'"timeout_ms"' in extras:
+            extras = with_time_left(extras, time.monotonic() - request.pending.since)
         if request.must_wait:
             held: Submitted = await self._lines.run(
                 scripts.hold(
                     keys, self._hub.name, ref, request.lane.decode(), request.method, request.envelope,
-                    extras=request.extras, delay_ms=request.delay_ms, due_ms=request.due_ms,
+                    extras=extras, delay_ms=request.delay_ms, due_ms=request.due_ms,
                     depends_on=request.depends_on,
                 )
             )  # fmt: skip
             return held
-        fields = (ref, request.lane, request.method, request.extras, request.envelope)
+        fields = (ref, request.lane, request.method, extras, request.envelope)
+        if b'"patient"' in extras:
+            return await self._hub.sender.offer(request.route, fields)
         known = await self._lines.run(scripts.submit(keys, self._hub.name, fields))
         answer: Submitted = known.get(0, Submitted.NEW)
         return answer
 
     def _wake_when_due(self, request: Request) -> None:
         """Sweepers look about once a second; we know when. A caller that is gone by then leaves it to them."""
-        delay_s = max(request.delay_ms / 1000, request.due_ms / 1000 - time.time())
-        if delay_s <= 0:
+        if not (request.delay_ms or request.due_ms):
             return
+        delay_s = max(request.delay_ms / 1000, request.due_ms / 1000 - time.time(), 0.0)
+        bucket = (
+            int((self._hub.loop.time() + delay_s) * WAKES_PER_S) + 1
+        )  # what is due at about the same time wakes together
+        if (request.route.tag, bucket) not in self._wakes:
+            self._wakes.add((request.route.tag, bucket))
+            self._hub.loop.call_at(bucket / WAKES_PER_S + 0.001, self._wake, request.route, bucket)
 
-        def wake() -> None:
-            commands = self._lines.commands
-            if commands is not None:
-                commands.start(scripts.wake(request.route.keys), _ignore)
+    def _wake(self, route: Route, bucket: int) -> None:
+        self._wakes.discard((route.tag, bucket))
+        self._wake_some(route)
 
-        self._hub.loop.call_later(delay_s + 0.002, wake)
+    def _wake_some(self, route: Route) -> None:
+        def woken(count: int | Exception) -> None:
+            if count == scripts.SWEEP_LIMIT:
+                self._wake_some(route)
+
+        if self._lines.commands is not None:
+            self._lines.commands.start(scripts.wake(route.keys), woken)
 
     async def sent_before(self, ref_ids: Iterable[str]) -> None:
         """Return when what we have to send of these requests is under way: commands that follow find them there."""
         for ref_id in ref_ids:
             tag, _, ref = ref_id.partition("~")
             upstream = self._hub.known_route(tag)
-            if upstream is not None and upstream.buffer:
-                await self._hub.sender.ready(upstream)
-                self._hub.sender.flush(upstream)
-            while upstream is not None and self._hub.sender.asks_for_room(upstream, ref.encode()):  # noqa: ASYNC110
-                await asyncio.sleep(ROOM_AFTER_S[0])  # an event would have to be set on the way of every request
+            if upstream is not None:
+                await self._hub.sender.under_way(upstream, ref.encode())
             request = self._sending.get(ref.encode())
             if request is not None:
                 await asyncio.wait([request.acknowledgement(self._hub.loop)])
@@ -243,43 +279,7 @@ class Chores:
             envelope = b"@%d\n" % sum(map(len, envelope))
         await commands.ask("SET", route.keys.result(ref.decode()), b"succeeded - -\n" + envelope, "PX", ttl_ms)
 
-    # ending
-
-    async def cancel(self, ref_id: str) -> bool:
-        """Cancel a request; False if it has ended before, or is unknown. Raises BrokerUnavailableError."""
-        tag, ref = split_ref(ref_id)
-        route = self._hub.route(tag)
-        await self._lines.link()
-        await self.sent_before([ref_id])
-        call = scripts.cancel(route.keys, outcomes.ENDED_TTL_S, CANCELLED, [ref])
-        (answer,), waiters = await self._lines.run(call)
-        await self._supplier.supply_all(tag, waiters)
-        return answer[0] is Ended.ENDED
-
-    def cancel_soon(self, ref_id: str) -> None:
-        """As `cancel`, for who does not wait for it; without a connection, the request just goes on."""
-        self.start(_unless_down(self.cancel(ref_id)))
-
-    def expire(self, tag: str, ref: bytes) -> None:
-        """The time of a request of ours should be up: have the server decide. Without a server, it is up."""
-        route = self._hub.route(tag)
-        if not self._lines.is_connected:
-            error = RequestTimeoutError(
-                f"request {tag}~{ref.decode()} had no result in time, and the server is not reachable; "
-                "it is not sent again, but may run if the server had it before",
-                ref_id=f"{tag}~{ref.decode()}",
-            )
-            self._hub.sender.withdraw(route, ref, error)
-            return
-        self.start(_unless_down(self._expire(route, ref)))
-
-    async def _expire(self, route: Route, ref: bytes) -> None:
-        await self.sent_before([f"{route.tag}~{ref.decode()}"])
-        call = scripts.cancel(route.keys, outcomes.ENDED_TTL_S, outcomes.OVERDUE, [ref], overdue=True)
-        ((what, left_ms),), waiters = await self._lines.run(call)
-        if what is Ended.EARLY and left_ms >= 0:
-            self._hub.deadlines.add(route.tag, ref, left_ms / 1000)
-        await self._supplier.supply_all(route.tag, waiters)
+    # looking
 
     async def state(self, ref_id: str) -> State:
         """Where a request is now. Raises RefNotFoundError, BrokerUnavailableError."""
@@ -319,13 +319,6 @@ class Chores:
         commands = self._lines.commands
         if commands is not None:
             commands.send(_ignore, "UNLINK", route.keys.items(ref.decode()))
-
-
-async def _unless_down(chore: Coroutine[Any, Any, Any]) -> None:
-    try:
-        await chore
-    except MillstreamError:
-        return
 
 
 def _ignore(reply: Any) -> None:

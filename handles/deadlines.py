@@ -11,15 +11,19 @@ SLACK = 1000  # ended requests may stay in the heap, up to about as many as are 
 
 
 class Deadlines:
-    """Calls `expire(tag, ref)` when the time of a request that is still pending has come."""
+    """Calls `expire(tag, refs)` when the time of requests that are still pending has come."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, pending: Container[bytes], expire: Callable[[str, bytes], None]
+        self, loop: asyncio.AbstractEventLoop, pending: Container[bytes], expire: Callable[[str, list[bytes]], None]
     ) -> None:
         self._loop, self._pending, self._expire = loop, pending, expire
         self._heap: list[tuple[float, bytes, str]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._clean_at = SLACK
+
+    def __bool__(self) -> bool:
+        """Is there any?"""
+        return bool(self._heap)
 
     def add(self, tag: str, ref: bytes, in_s: float) -> None:
         when = self._loop.time() + in_s
@@ -40,10 +44,13 @@ class Deadlines:
 
     def _look(self) -> None:
         now = self._loop.time()
+        due: dict[str, dict[bytes, None]] = {}
         while self._heap and self._heap[0][0] <= now:
             _, ref, tag = heapq.heappop(self._heap)
             if ref in self._pending:
-                self._expire(tag, ref)
+                due.setdefault(tag, {})[ref] = None  # once: two callers with one idempotency key may wait for it
+        for tag, refs in due.items():
+            self._expire(tag, list(refs))
         self._timer = None
         self._start_timer()
 

@@ -1,7 +1,7 @@
 """Frees the results that nobody can ask for any more: of requests whose ref was never shared and is gone, or was never made.
 
-Results are deleted in batches, a moment later. What a lost connection makes doubtful is left to its TTL: a submit that is
-sent twice must find the result of the first.
+Results are deleted in batches, a moment later. Where a submit may be sent twice, after a lost connection or by another
+engine, they are left to their TTL: the second must find the result of the first.
 """
 
 import time
@@ -42,7 +42,8 @@ class Drops:
         """The last ref to a request of this process is gone: free its result, once it has one. Any thread."""
         self._abandoned.append(cell)
 
-    def connection_was_lost(self) -> None:
+    def may_be_sent_twice(self) -> None:
+        """Whatever was made up to now: keep its result."""
         self.sure_since = time.monotonic()
         self._dropped.clear()
         self._large.clear()

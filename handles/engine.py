@@ -19,6 +19,7 @@ from millstream.handles.cell import Cell
 from millstream.handles.chores import Chores
 from millstream.handles.deadlines import Deadlines
 from millstream.handles.drops import Drops
+from millstream.handles.endings import Endings
 from millstream.handles.lines import Lines
 from millstream.handles.patrol import LOOK_AT_ONCE, Patrol
 from millstream.handles.route import Pending, Route, Several
@@ -42,7 +43,8 @@ class Engine:
         self.chores = Chores(self)
         self.start = self.chores.start
         self.drops = Drops(self.lines, self.route)
-        self.deadlines = Deadlines(self.loop, self.pending, self.chores.expire)
+        self.endings = Endings(self)
+        self.deadlines = Deadlines(self.loop, self.pending, self.endings.expire)
         self._ref_prefix, self._ref_numbers = os.urandom(6).hex().encode(), itertools.count()
         self._routes: dict[str, Route] = {}
         self._patrol = Patrol(self.pending, self.lines, self.route, self.look_at)
@@ -55,6 +57,10 @@ class Engine:
     def new_ref(self) -> bytes:
         """22 characters: 48 random bits of this engine and a counter; never the same twice on one server. Any thread."""
         return b"%b%010x" % (self._ref_prefix, next(self._ref_numbers))
+
+    def made(self, ref: bytes) -> bool:
+        """Is this one of `new_ref`, and of no other process? A ref that stands for an idempotency key is everybody's."""
+        return ref.startswith(self._ref_prefix)
 
     def route(self, tag: str) -> Route:
         """The route to a deployment. Any thread."""
@@ -79,6 +85,14 @@ class Engine:
                 return one
         return None
 
+    def may_be_on_its_way(self, route: Route, ref: bytes) -> bool:
+        """Do we send it, and the server has not said that it has it?"""
+        return self.chores.is_sending(ref) or self.sender.may_be_on_its_way(route, ref)
+
+    def take_back(self, route: Route, ref: bytes) -> bool:
+        """Do not send a request (again). False if it is under way just now, or with the server."""
+        return self.chores.take_back(ref) or self.sender.take_back(route, ref)
+
     def give_up(self, route: Route, ref: bytes, error: BaseException) -> None:
         """Fail a request here because another one that it needs will never be on the server. Any thread."""
         self.loop.call_soon_threadsafe(self.sender.refused, route, [ref], error)
@@ -88,6 +102,7 @@ class Engine:
         if self._handed_over == (other, self.sender.sent):
             return  # that was for another ref, and nothing has come since
         self._handed_over = (other, self.sender.sent)
+        self.drops.may_be_sent_twice()
         for route in list(self._routes.values()):
             if requests := self.sender.unacknowledged(route):
                 other.loop.call_soon_threadsafe(other.sender.adopt, route.tag, requests)
@@ -198,7 +213,7 @@ class Engine:
 
     def on_lost(self) -> None:
         self._messages = Messages()
-        self.drops.connection_was_lost()
+        self.drops.may_be_sent_twice()
         for route in self._routes.values():
             route.is_ready = False
 

@@ -118,12 +118,7 @@ class Background:
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run a coroutine there and block for its result."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result(timeout)
-        except BaseException:
-            future.cancel()
-            raise
+        return run_on(self.loop, coroutine, timeout)
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have a function called there, soon."""
@@ -135,6 +130,16 @@ class Background:
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self._is_closed.set)
             self._thread.join(timeout=2.0)
+
+
+def run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+    """Run a coroutine on the loop of another thread and block for its result."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result(timeout)
+    except BaseException:
+        future.cancel()
+        raise
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

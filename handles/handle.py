@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Self
 from millstream.broker.codec import Codec
 from millstream.broker.keys import deployment_tag
 from millstream.broker.outcomes import open_stored
-from millstream.errors import MillstreamError
+from millstream.errors import MillstreamError, RequestCancelledError
 from millstream.handles import arguments, context, engines, mapping
 from millstream.handles.arguments import RefTask
 from millstream.handles.cell import Cell
@@ -31,7 +31,8 @@ class _Handle:
         self._method = self._options.method_name.encode()
         self._lane = self._options.priority.encode()
         self._plain, self._matched_extras = self._options.plain, self._options.matched
-        self._is_simple = not (
+        self._is_patient = self._options.when_full == "wait"
+        self._is_simple = not self._is_patient and not (
             self._options.delay_s or self._options.eta or self._options.idempotency_key or self._options.timeout_s
         )
         self._what = f"the arguments of {self._tag}.{self._options.method_name}, (args, kwargs)"
@@ -86,6 +87,11 @@ class _Handle:
             model_id = caller.model_id  # a request passes it on
         return arguments.encode(self._what, args, kwargs, model_id)
 
+    def _belongs_to_caller(self, engine: Engine, pending: Pending) -> None:
+        """If we are in a request: this one ends with it. One with an idempotency key may be somebody else's, too."""
+        if (caller := context.current.get()) is not None and self._options.idempotency_key is None:
+            caller.sends(engine, pending)
+
     def _new_ref(self, engine: Engine, route: Route) -> bytes:
         key = self._options.idempotency_key
         return engine.new_ref() if key is None else route.codec.ref_of_key(key)
@@ -128,12 +134,13 @@ class _Handle:
         else:
             request.payload = route.codec.seal_parts("request", ref, encoded.body, self._method)
             request.extras = with_extra(extras, payload=1)
-        if request.must_wait or request.mentions or request.payload:
+        if request.must_wait or request.mentions or request.payload or engine.chores.is_sending(ref):
             engine.chores.send(request)
             for upstream in encoded.depends_on:
                 upstream._if_never_sent(functools.partial(engine.give_up, route, ref))
         else:
-            engine.submit(route, pending, self._lane, self._method, extras, request.envelope, until_queued)
+            send = engine.sender.submit_patiently if self._is_patient else engine.submit
+            send(route, pending, self._lane, self._method, extras, request.envelope, until_queued)
         if options.timeout_s is not None:
             engine.deadlines.add(route.tag, ref, options.timeout_s)
 
@@ -198,7 +205,7 @@ class DeploymentHandle(_Handle):
         this is `stream`.
 
         Raises SerializationError at once; the task raises DeploymentNotFoundError, DeployFailedError,
-        BrokerUnavailableError, BackPressureError. The un-awaited task can be an argument of another call.
+        BrokerUnavailableError, BackPressureError, RequestTimeoutError (no replica took it in time). The un-awaited task can be an argument of another call.
         """
         options = self._options
         if options.stream:
@@ -257,18 +264,12 @@ class DeploymentHandle(_Handle):
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         self._submit(engine, route, pending, encoded, extras, until_queued)
-        if (caller := context.current.get()) is not None:
-            caller.sends(engine, pending)
+        self._belongs_to_caller(engine, pending)
 
     async def _matched(self, cell: Cell, ref: ObjectRef, engine: Engine) -> ObjectRef:
         if not cell.is_matched:
-            try:
-                await cell.future(engine.loop, for_end=False)
-            except asyncio.CancelledError:
-                if not cell.is_matched and not engine.is_closed:
-                    engine.chores.cancel_soon(cell.ref_id)
-                raise
-        _raise_if_unsent(cell)
+            await cell.future(engine.loop, for_end=False)
+        _raise_if_lost(cell)
         return ref
 
     def _route_here(self) -> tuple[Engine, Route]:
@@ -288,7 +289,8 @@ class SyncHandle(_Handle):
         """Send a request and block until a replica has it (or it is parked, delayed or ended). Answers Ctrl-C.
 
         Returns its `ObjectRef`; with options(stream=True) this is `stream`. Raises SerializationError,
-        DeploymentNotFoundError, DeployFailedError, BrokerUnavailableError, BackPressureError.
+        DeploymentNotFoundError, DeployFailedError, BrokerUnavailableError, BackPressureError, RequestTimeoutError (no
+        replica took it in time).
         """
         if self._options.stream:
             return self.stream(*args, **kwargs)  # type: ignore[return-value]
@@ -297,7 +299,7 @@ class SyncHandle(_Handle):
         cell = Cell(route.codec, self._new_ref(engine, route))
         self._send(background, cell, args, kwargs, for_match=True)
         cell.wait(None, for_end=False)
-        _raise_if_unsent(cell)
+        _raise_if_lost(cell)
         ref = ObjectRef(cell.ref_id, cell, engine)
         if self._options.idempotency_key is not None:
             ref.share()
@@ -360,15 +362,17 @@ class SyncHandle(_Handle):
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         background.call(self._submit, engine, engine.route(self._tag), pending, encoded, extras, until_queued)
-        if (caller := context.current.get()) is not None:
-            caller.sends(engine, pending)
+        self._belongs_to_caller(engine, pending)
 
     def _route_there(self) -> tuple[engines.Background, Engine, Route]:
         background = engines.background()
         return background, background.engine, background.engine.route(self._tag)
 
 
-def _raise_if_unsent(cell: Cell) -> None:
-    """After the match: a request that never reached the server raises here, one that ran and failed at its ref."""
-    if cell.has_ended and cell.stored is None:
-        cell.read()
+def _raise_if_lost(cell: Cell) -> None:
+    """After the match: what never reached the server, or no replica in time, raises here; all else at its ref."""
+    if cell.has_ended and (cell.stored or b"timed_out").startswith(b"timed_out"):
+        try:
+            cell.read()
+        except RequestCancelledError:
+            return  # before it was sent; as where the server was told

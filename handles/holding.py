@@ -56,7 +56,7 @@ class Holding:
         """Can it be sent now, behind all that it depends on?"""
         if not request.route.is_ready or len(request.depends_on) > MOST_REFS:
             return False
-        if request.pending.ref not in self._hub.pending:
+        if request.is_withdrawn or request.pending.ref not in self._hub.pending:
             return False  # given up: one that it depends on was refused
         for ref_id in (*request.depends_on, *request.mentions):
             tag, _, ref = ref_id.partition("~")
@@ -70,7 +70,7 @@ class Holding:
                 if not upstream.is_ready:
                     return False
                 self._hub.sender.flush(upstream)
-            if upstream.buffer or upstream.patient:
+            if not self._hub.sender.has_all_sent(upstream):
                 return False
         return True
 
@@ -90,7 +90,7 @@ class Holding:
                 self._take_over(request)
             return
         for request in batch:
-            request.is_in_the_air = True
+            request.is_in_the_air = request.was_submitted = True
         rows = [
             Held(r.pending.ref, r.lane, r.method, r.extras, r.envelope, r.delay_ms, r.due_ms, r.depends_on)
             for r in batch

@@ -40,7 +40,7 @@ class Lines:
         self._one_dials = asyncio.Lock()
         self._connector: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._is_closed = False
+        self.is_closed = False
 
     @property
     def has_been_up(self) -> bool:
@@ -63,7 +63,7 @@ class Lines:
 
     async def link(self) -> Link:
         """The commands link; waits for it up to PATIENCE_S, but a first connection that fails raises at once."""
-        if self._is_closed:
+        if self.is_closed:
             raise BrokerUnavailableError("this connection was closed; call again to open a new one")
         if self._connector is None:
             await self._connect()
@@ -79,7 +79,7 @@ class Lines:
     async def bulk(self) -> Link:
         """The link for large values. Raises BrokerUnavailableError."""
         async with self._one_dials:
-            if self._is_closed:
+            if self.is_closed:
                 raise BrokerUnavailableError("this connection was closed; call again to open a new one")
             if self._bulk is None or not self._bulk.is_up:
                 self._bulk = await dial(self._settings, f"ms:bulk:{self._name}")
@@ -87,7 +87,7 @@ class Lines:
 
     def close(self) -> None:
         """Close the links for good; what was sent last still goes out."""
-        self._is_closed = True
+        self.is_closed = True
         if self.commands is not None:
             self.commands.finish()
         for task in (self._connector, self._connecting):

@@ -55,6 +55,16 @@ class HandleOptions:
         _check_eta(self.eta)
         if self.eta is not None and self.delay_s:
             raise ConfigError(f"delay_s={self.delay_s} and eta={self.eta} exclude each other; drop one")
+        if self.timeout_s is not None and self.timeout_s <= self.delay_s:
+            raise ConfigError(
+                f"timeout_s={self.timeout_s} counts from submission and would pass within delay_s={self.delay_s}; "
+                "raise it, or lower the delay"
+            )
+        if self.stream and self.idempotency_key is not None:
+            raise ConfigError(
+                f"stream=True and idempotency_key={self.idempotency_key!r} exclude each other: "
+                "a stream has one reader; drop one"
+            )
 
     @cached_property
     def plain(self) -> bytes:
@@ -93,6 +103,14 @@ def with_extra(extras: bytes, **more: Any) -> bytes:
     """Extras of a request with more of them."""
     known = {"want": "matched"} if extras == b"matched" else json.loads(extras or b"{}")
     return json.dumps({**known, **more}).encode()
+
+
+def with_time_left(extras: bytes, waited_s: float) -> bytes:
+    """Extras of a request that was made so long ago: its time counts from then. Of the result, too."""
+    known = json.loads(extras)
+    asked_ms = known.get("asked_ms", known["timeout_ms"])
+    left_ms = max(1, asked_ms - math.floor(waited_s * 1000))
+    return json.dumps({**known, "asked_ms": asked_ms, "timeout_ms": left_ms}).encode()
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:

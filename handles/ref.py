@@ -4,8 +4,8 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
 
 from millstream.broker.keys import split_ref
 from millstream.broker.states import State
@@ -13,6 +13,8 @@ from millstream.errors import GetTimeoutError
 from millstream.handles import engines
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
+
+T = TypeVar("T")
 
 _lock = (
     threading.RLock()
@@ -135,15 +137,17 @@ class ObjectRef:
         replica is replaced. Blocks for one round trip; `await ref.acancel()` does not. BrokerUnavailableError.
         """
         engines.warn_if_on_a_loop("ref.cancel()", "`await ref.acancel()`")
-        background = engines.background()
-        self._flush_to(background.engine)
-        return background.run(background.engine.chores.cancel(self._id))
+        return self._ask_blocking(lambda engine: engine.endings.cancel(self._id))
 
     async def acancel(self) -> bool:
         """As `cancel`, without blocking the loop."""
-        engine = engines.current()
-        self._flush_to(engine)
-        return await engine.chores.cancel(self._id)
+        return await self._ask(lambda engine: engine.endings.cancel(self._id))
+
+    def cancel_unmatched(self) -> None:
+        """Cancel the request soon, unless a replica has it or it is parked or delayed. For the task of `remote`."""
+        cell, engine = self._cell, self._engine
+        if cell is not None and engine is not None and not cell.is_matched and not engine.is_closed:
+            engine.endings.cancel_soon([self._id])
 
     def status(self) -> State:
         """Where the request is: parked, delayed, queued, running, succeeded, failed, dead, cancelled or timed_out.
@@ -151,13 +155,32 @@ class ObjectRef:
         Asks the server. Raises RefNotFoundError, BrokerUnavailableError.
         """
         engines.warn_if_on_a_loop("ref.status()", "`await ref.astatus()`")
-        background = engines.background()
-        self._flush_to(background.engine)
-        return background.run(background.engine.chores.state(self._id))
+        return self._ask_blocking(lambda engine: engine.chores.state(self._id))
 
     async def astatus(self) -> State:
         """As `status`, without blocking the loop."""
-        return await engines.current().chores.state(self._id)
+        return await self._ask(lambda engine: engine.chores.state(self._id))
+
+    def _ask_blocking(self, what: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """Have the engine that sent the request do something; that of the background, if this thread holds up its loop."""
+        engine = self._engine
+        if engine is not None and _goes_on(engine):
+            return engines.run_on(engine.loop, what(engine))
+        background = engines.background()
+        if engine is not None and not engine.is_closed:
+            engine.resubmit_elsewhere(background.engine)  # ahead of what follows
+        return background.run(what(background.engine))
+
+    async def _ask(self, what: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """As `_ask_blocking`, from a loop."""
+        engine, here = self._engine, engines.current()
+        if engine is None or engine is here or engine.is_closed:
+            return await what(here)
+        if _goes_on(engine):
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(what(engine), engine.loop))
+        engine.resubmit_elsewhere(here)
+        await asyncio.sleep(0)  # so that we have it
+        return await what(here)
 
     # synchronous
 
@@ -238,3 +261,8 @@ class ObjectRef:
         """What our engine has not sent yet (its loop may be blocked) is sent by this one, ahead of what follows."""
         if self._engine is not None and self._engine is not engine and not self._engine.is_closed:
             self._engine.resubmit_elsewhere(engine)
+
+
+def _goes_on(engine: Engine) -> bool:
+    """Does its loop run, while this thread waits for something?"""
+    return not engine.is_closed and engine.loop.is_running() and engine.loop is not engines.running_loop()

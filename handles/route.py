@@ -1,12 +1,18 @@
 """What an engine keeps per deployment, and of each request: where it goes, who waits for it, what is not sent yet."""
 
 import asyncio
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from millstream.broker.codec import Codec, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.config import Settings
+from millstream.handles.options import with_time_left
+
+FIELDS = 5  # of one request in a submit call: ref, lane, method, extras, envelope
+LATE_S = 0.005  # what leaves so long after it was made has less time left than it says
 
 
 class Pending(Protocol):
@@ -79,8 +85,6 @@ class Route:
         "is_preparing",
         "is_ready",
         "keys",
-        "patience_s",
-        "patient",
         "tag",
         "unacknowledged",
     )  # fmt: skip
@@ -95,8 +99,6 @@ class Route:
         self.buffered_bytes = 0
         self.in_the_air = 0
         self.unacknowledged: set[Batch] = set()
-        self.patient: list[Any] = []  # as `buffer`: refused for a full queue, to be sent again a little later
-        self.patience_s = 0.0  # until then; 0: nobody is
 
 
 class Batch:
@@ -106,6 +108,15 @@ class Batch:
 
     def __init__(self, requests: list[Any]) -> None:
         self.requests = requests
+
+
+def shorten_deadlines(requests: list[Any], pending: Mapping[bytes, Pending]) -> None:
+    """In flat requests about to be sent: what they say of their time counts from when they were made."""
+    now = time.monotonic()
+    for i in range(0, len(requests), FIELDS):
+        ref, extras = requests[i], requests[i + 3]
+        if b'"timeout_ms"' in extras and ref in pending and now - pending[ref].since > LATE_S:
+            requests[i + 3] = with_time_left(extras, now - pending[ref].since)
 
 
 @dataclass(slots=True)
@@ -127,6 +138,12 @@ class Request:
     acknowledged: asyncio.Future[None] | None = None  # or failed; made where somebody waits for it
     is_acknowledged: bool = False
     is_in_the_air: bool = False
+    was_submitted: bool = False  # the server may have it
+    is_withdrawn: bool = False  # it is not to be sent any more
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(len, self.payload)) if self.payload else len(self.envelope)
 
     @property
     def must_wait(self) -> bool:

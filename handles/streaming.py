@@ -165,7 +165,7 @@ class StreamCell:
     def _close_there(self) -> None:
         engine = self.engine
         if not self.is_over:
-            engine.chores.cancel_soon(self.ref_id)
+            engine.endings.cancel_soon([self.ref_id])
         engine.chores.forget_items(self._route, self.ref)
         if self._stored is not None:
             engine.drops.add(self.codec.tag, self.ref, self._stored, self.since)

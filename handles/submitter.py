@@ -3,8 +3,10 @@
 Every request is idempotent by its ref, so a batch whose reply was lost is simply sent again.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from millstream.broker import outcomes, scripts
@@ -13,17 +15,15 @@ from millstream.broker.scripts import Submitted
 from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError
 from millstream.handles.hub import Hub
 from millstream.handles.lines import PATIENCE_S
-from millstream.handles.route import Batch, Pending, Route
+from millstream.handles.patience import RETRY_S, Answer, Line, Patient
+from millstream.handles.route import FIELDS, Batch, Pending, Route, shorten_deadlines
 
-FIELDS = 5  # of one request in a submit call
 FLUSH_REQUESTS = 64  # a fuller script call gains nothing and delays the others
 FLUSH_BYTES = 64 * 1024
 OVERHEAD_BYTES = 200  # of one request in the buffer, beside its envelope
 IN_THE_AIR = 3  # so many submit calls go out without waiting for an answer; then what comes waits to be sent together
 MOST_IN_THE_AIR = 100  # calls; what comes then stays in the buffer, whose size is bounded
 MOST_BUFFERED_BYTES = 256 * 1024 * 1024
-RETRY_S = 0.05  # for a server that answers and cannot take requests now: loading, or demoted to a replica
-ROOM_AFTER_S = (0.01, 0.25)  # a patient caller asks a full queue again after so long, at first and at last
 
 
 class Submitter:
@@ -33,6 +33,7 @@ class Submitter:
         self._hub, self._lines, self._pending = hub, hub.lines, hub.pending
         self._unqueued: set[bytes] = set()  # refs of requests whose callers wait until the server has them
         self._adopted: set[bytes] = set()  # refs of requests that we send for another engine of this process
+        self._patient: dict[str, Line] = {}  # tag -> those who wait for room in its queue
         self.sent = 0  # requests so far
 
     def submit(
@@ -65,27 +66,88 @@ class Submitter:
         if route.buffered_bytes > MOST_BUFFERED_BYTES:
             self._refuse_last(route)
 
+    def submit_patiently(
+        self,
+        route: Route,
+        pending: Pending,
+        lane: bytes,
+        method: bytes,
+        extras: bytes,
+        envelope: bytes,
+        until_queued: bool = False,
+    ) -> None:
+        """As `submit`, and where the queue is full, it waits for room; in the order of the calls."""
+        ref = pending.ref
+        self._pending[ref] = pending
+        self.sent += 1
+        if until_queued:
+            self._unqueued.add(ref)
+        if self._line(route).size_bytes > MOST_BUFFERED_BYTES:
+            self.refused(route, [ref], too_much(route))
+        else:
+            self._join_line(route, Patient((ref, lane, method, extras, envelope), partial(self._let_in, route, ref)))
+
+    async def offer(self, route: Route, request: tuple[bytes, bytes, bytes, bytes, bytes]) -> Submitted:
+        """Send one request in the line of the patient ones; what the server says once there is room."""
+        answer: asyncio.Future[Answer] = self._hub.loop.create_future()
+        self._join_line(route, Patient(request, lambda said: None if answer.done() else answer.set_result(said)))
+        said = await answer
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    async def under_way(self, route: Route, ref: bytes) -> None:
+        """Return when a request is not here to be sent any more: what we ask next over our connection finds it there."""
+        while ref in self.unsent(route):
+            await self.ready(route)
+            self.flush(route)
+            if ref in self.unsent(route):
+                await asyncio.sleep(RETRY_S)  # it waits for room, or behind very many
+
+    def has_all_sent(self, route: Route) -> bool:
+        """Does nothing wait here to be sent?"""
+        return not route.buffer and not self._patient.get(route.tag)
+
     def unsent(self, route: Route) -> set[bytes]:
         """Refs that the server does not know yet."""
-        return {*route.buffer[::FIELDS], *route.patient[::FIELDS]} if route.buffer or route.patient else set()
-
-    def asks_for_room(self, route: Route, ref: bytes) -> bool:
-        """Was this one sent for as long as it takes, and is not known to have found room yet?"""
-        batches = [batch.requests for batch in route.unacknowledged]
-        for requests in (*batches, route.buffer, route.patient):
-            if ref in requests[::FIELDS]:
-                return b'"patient"' in requests[requests.index(ref) + 3]
-        return False
+        unsent = set(route.buffer[::FIELDS])
+        if (line := self._patient.get(route.tag)) is not None:
+            unsent |= line.refs()
+        return unsent
 
     def unacknowledged(self, route: Route) -> list[Any]:
-        """All requests that the server may not have, flat. Any thread."""
-        return [part for batch in route.unacknowledged for part in batch.requests] + route.buffer
+        """All requests that the server may not have, flat; without those that have ended for their callers: they may have
+        run, and their results may be gone. Any thread, while the engine's loop stands still."""
+        line = self._patient.get(route.tag)
+        requests = [part for batch in route.unacknowledged for part in batch.requests] + route.buffer
+        requests += line.requests() if line is not None else []
+        return self._still_wanted(requests)
+
+    def may_be_on_its_way(self, route: Route, ref: bytes) -> bool:
+        """Is it sent, or to be sent, and the server has not said that it has it?"""
+        return ref in self.unsent(route) or any(ref in batch.requests[::FIELDS] for batch in route.unacknowledged)
+
+    def take_back(self, route: Route, ref: bytes) -> bool:
+        """Do not send a request (again). False if it is under way just now, or was sent before."""
+        refs = route.buffer[::FIELDS]
+        if ref in refs:
+            i = refs.index(ref) * FIELDS
+            route.buffered_bytes -= _size_of(route.buffer[i : i + FIELDS])
+            del route.buffer[i : i + FIELDS]
+            return True
+        line = self._patient.get(route.tag)
+        return line is not None and ref in line and line.leave(ref)
 
     def adopt(self, tag: str, requests: list[Any]) -> None:
         """Send requests of another engine of this process."""
         route = self._hub.route(tag)
-        route.buffer += requests
-        self._adopted.update(requests[::FIELDS])
+        for i in range(0, len(requests), FIELDS):
+            request = requests[i : i + FIELDS]
+            if b'"patient"' in request[3]:
+                self._line(route).join(Patient(tuple(request), _ignore, is_adopted=True))
+            else:
+                self._adopted.add(request[0])
+                route.buffer += request
         self._prepare(route)
 
     def flush(self, route: Route) -> None:
@@ -96,19 +158,25 @@ class Submitter:
         while route.buffer and route.in_the_air < MOST_IN_THE_AIR:
             batch = Batch(route.buffer[: FIELDS * FLUSH_REQUESTS])
             del route.buffer[: FIELDS * FLUSH_REQUESTS]
+            route.buffered_bytes = route.buffered_bytes - _size_of(batch.requests) if route.buffer else 0
+            if self._hub.deadlines:
+                shorten_deadlines(batch.requests, self._pending)
             route.in_the_air += 1
             route.unacknowledged.add(batch)
             commands.start(
                 scripts.submit(route.keys, self._hub.name, batch.requests),
                 lambda reply, batch=batch: self._acknowledged(route, batch, reply),  # type: ignore[misc]
             )
-        route.buffered_bytes = 0 if not route.buffer else _size_of(route.buffer)
+        if self._patient and (line := self._patient.get(route.tag)) is not None:
+            line.send()
 
     def _acknowledged(self, route: Route, batch: Batch, reply: dict[int, Submitted] | Exception) -> None:
         route.in_the_air -= 1
         route.unacknowledged.discard(batch)
         if isinstance(reply, BrokerUnavailableError):
-            self._buffer_again(route, batch.requests)  # idempotent by ref: sent again after the reconnect
+            self._hub.drops.may_be_sent_twice()
+            route.buffer[:0] = self._still_wanted(batch.requests)  # idempotent by ref: sent again after the reconnect
+            route.buffered_bytes = _size_of(route.buffer)
             self.give_up_on_old(route, reply)
             if self._lines.is_connected:
                 self._hub.loop.call_later(RETRY_S, self.flush, route)
@@ -121,8 +189,6 @@ class Submitter:
         else:
             if reply:
                 refs = self._not_new(route, batch, reply)
-            elif route.patience_s:
-                route.patience_s = ROOM_AFTER_S[0]
             for ref in self._unqueued.intersection(refs) if self._unqueued else ():
                 self._unqueued.discard(ref)
                 if (pending := self._pending.get(ref)) is not None:
@@ -130,41 +196,56 @@ class Submitter:
         if route.buffer:
             self.flush(route)
 
-    def _buffer_again(self, route: Route, requests: list[Any]) -> None:
-        """Except what has ended for its caller meanwhile: it may have run, and its result may be gone."""
-        for i in range(len(requests) - FIELDS, -1, -FIELDS):
+    def _still_wanted(self, requests: list[Any]) -> list[Any]:
+        """Without what has ended for its caller meanwhile: it may have run, and its result may be gone."""
+        wanted: list[Any] = []
+        for i in range(0, len(requests), FIELDS):
             if requests[i] in self._pending or requests[i] in self._adopted:
-                route.buffer[:0] = requests[i : i + FIELDS]
+                wanted += requests[i : i + FIELDS]
+        return wanted
 
     def _not_new(self, route: Route, batch: Batch, reply: dict[int, Submitted]) -> list[bytes]:
         """Deal with those of a batch that were not taken in as new; the refs of the others, and of those that are there."""
-        refs, there, full = batch.requests[::FIELDS], [], set()
+        refs: list[bytes] = batch.requests[::FIELDS]
+        there: list[bytes] = []
+        full: list[bytes] = []
         for position, what in reply.items():
-            if what is Submitted.FULL:
-                full.add(refs[position])
-                self._no_room(route, batch.requests[position * FIELDS : (position + 1) * FIELDS])
-            else:
-                there.append(refs[position])
+            (full if what is Submitted.FULL else there).append(refs[position])
+        if full:
+            self.refused(route, full, outcomes.queue_full(route.tag))
         if there:  # sent twice, perhaps by another engine of ours, which then has the replies
             self._hub.look_at(route, there, listen=True)
-        return [ref for ref in refs if ref not in full] if full else refs
+        return refs
 
-    def _no_room(self, route: Route, request: list[Any]) -> None:
-        ref, _, _, extras, _ = request
-        if b'"patient"' not in extras:
-            self.refused(route, [ref], outcomes.queue_full(route.tag))
+    # those who wait for room
+
+    def _line(self, route: Route) -> Line:
+        line = self._patient.get(route.tag)
+        if line is None:
+            line = self._patient[route.tag] = Line(self._hub, route)
+        return line
+
+    def _join_line(self, route: Route, patient: Patient) -> None:
+        line = self._line(route)
+        line.join(patient)
+        if route.is_ready:
+            line.send()
+        else:
+            self._prepare(route)
+
+    def _let_in(self, route: Route, ref: bytes, answer: Answer) -> None:
+        """A patient request has been taken in, or refused for another reason than a full queue."""
+        if isinstance(answer, Exception):
+            self.refused(route, [ref], answer)
             return
-        if not route.patient:
-            first, last = ROOM_AFTER_S
-            route.patience_s = min(last, max(first, 2 * route.patience_s))
-            self._hub.loop.call_later(route.patience_s, self._try_again, route)
-        route.patient += request
+        if answer is not Submitted.NEW:
+            self._hub.look_at(route, [ref], listen=True)
+        if ref in self._unqueued:
+            self._unqueued.discard(ref)
+            if (pending := self._pending.get(ref)) is not None:
+                pending.match()
 
-    def _try_again(self, route: Route) -> None:
-        """Ask for room again, for the first of those that wait for it; in their order."""
-        again, route.patient = route.patient, []
-        self._buffer_again(route, again)
-        self._prepare(route)
+    # the end
 
     def refused(self, route: Route, refs: Iterable[bytes], reason: BaseException) -> None:
         """These requests will never be on the server."""
@@ -177,34 +258,21 @@ class Submitter:
 
     def _refuse_last(self, route: Route) -> None:
         ref = route.buffer[-FIELDS]
+        route.buffered_bytes -= _size_of(route.buffer[-FIELDS:])
         del route.buffer[-FIELDS:]
-        route.buffered_bytes = _size_of(route.buffer)
-        self.refused(
-            route,
-            [ref],
-            BackPressureError(
-                f"this process has {MOST_BUFFERED_BYTES >> 20} MB of requests to {route.tag} that the server has not taken; "
-                "wait for some of their refs first, or use handle.map, which keeps a bounded number in flight",
-                deployment=route.tag,
-            ),
-        )
+        self.refused(route, [ref], too_much(route))
 
     def _fail_buffer(self, route: Route, error: Exception) -> None:
         refs, route.buffer, route.buffered_bytes = route.buffer[::FIELDS], [], 0
         self.refused(route, refs, error)
-
-    def withdraw(self, route: Route, ref: bytes, error: BaseException) -> None:
-        """Fail a request here, and do not send it (again)."""
-        if ref in route.buffer[::FIELDS]:
-            i = route.buffer.index(ref)
-            del route.buffer[i : i + FIELDS]
-        self.refused(route, [ref], error)
 
     def give_up_on_old(self, route: Route, error: Exception) -> None:
         waiting = (self._pending[ref] for ref in route.buffer[::FIELDS] if ref in self._pending)
         oldest = next(waiting, None)
         if oldest is not None and time.monotonic() - oldest.since > PATIENCE_S:
             self._fail_buffer(route, error)
+        if (line := self._patient.get(route.tag)) is not None:
+            line.give_up_if_late(error)
 
     def _prepare(self, route: Route) -> None:
         if route.is_ready:
@@ -221,6 +289,8 @@ class Submitter:
                 not self._lines.has_been_up
             ):  # else the connector goes on, flushes in the end, and gives up on what is old
                 self._fail_buffer(route, e)
+                if (line := self._patient.get(route.tag)) is not None:
+                    line.close(e)
         else:
             self.flush(route)
         finally:
@@ -236,6 +306,18 @@ class Submitter:
             if replies is not None:
                 await replies.ask("SSUBSCRIBE", route.keys.reply(self._hub.name))
                 route.is_ready = self._lines.replies is replies
+
+
+def too_much(route: Route) -> BackPressureError:
+    return BackPressureError(
+        f"this process has {MOST_BUFFERED_BYTES:,} bytes of requests to {route.tag} that the server has not taken; "
+        "wait for some of their refs first, or use handle.map, which keeps a bounded number in flight",
+        deployment=route.tag,
+    )
+
+
+def _ignore(answer: Answer) -> None:
+    """Of an adopted request: whoever made it looks after it."""
 
 
 def _size_of(buffer: list[Any]) -> int:

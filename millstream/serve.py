@@ -22,7 +22,8 @@ from millstream.broker.registry import Registry
 from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
 from millstream.errors import BrokerUnavailableError, ConfigError, DeployFailedError
-from millstream.handles import engines
+from millstream.handles import context, engines
+from millstream.handles.context import Request
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
@@ -39,6 +40,7 @@ __all__ = [
     "DeploymentStatus",
     "ReplicaContext",
     "ReplicaStatus",
+    "Request",
     "ServeStatus",
     "SyncHandle",
     "batch",
@@ -48,6 +50,7 @@ __all__ = [
     "get_deployment_handle",
     "get_multiplexed_model_id",
     "get_replica_context",
+    "get_request_context",
     "multiplexed",
     "run",
     "shutdown",
@@ -276,3 +279,18 @@ def get_deployment_handle(deployment_name: str, app_name: str = "default", *, sy
     """A handle by name. Sends nothing: an unknown deployment is reported by the first request."""
     check_name("deployment", deployment_name)
     return (SyncHandle if sync else DeploymentHandle)(deployment_name, _checked(app_name))
+
+
+def get_request_context() -> Request:
+    """What code may know of the request that it runs for: its id, and whether it was cancelled. RuntimeError outside of one.
+
+    A cancelled coroutine is told by asyncio.CancelledError; a sync method, whose thread nobody can end, asks
+    `is_cancelled` now and then, or sleeps with `wait_cancelled(timeout_s)`.
+    """
+    request = context.current.get()
+    if request is None:
+        raise RuntimeError(
+            "no request runs here: call get_request_context() in a method of a deployment, "
+            "in its own task or thread (contextvars.copy_context() takes it along into others)"
+        )
+    return request

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from millstream.broker.pickling import Pickled
 from millstream.errors import MillstreamError, SerializationError
 from millstream.handles import arguments
 from millstream.handles.context import Request, current
+from millstream.replicas.expiry import Expiry
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
@@ -70,20 +71,18 @@ _NOTHING: dict[bytes, bytes] = {}
 class Running:
     """An attempt that has not ended at once."""
 
-    __slots__ = ("attempt", "future", "is_taken", "job", "request", "since")
+    __slots__ = ("attempt", "future", "is_taken", "job", "request", "since", "timer")
 
     def __init__(self, attempt: Attempt, request: Request, since: float) -> None:
         self.attempt, self.request, self.since = attempt, request, since
         self.future: asyncio.Future[Any] | None = None
         self.job: Any = None  # of the thread that runs it, if one does
+        self.timer: asyncio.TimerHandle | None = None  # of its deadline
         self.is_taken = False  # cancelled, timed out or given to another replica: its outcome is nobody's
 
 
 class Executor:
-    """Runs attempts. The outcome of each goes to the finisher, unless it was taken away from here.
-
-    `expire` has the server decide about an attempt whose deadline seems to have passed: True if it has ended.
-    """
+    """Runs attempts. The outcome of each goes to the finisher, unless it was taken away from here."""
 
     def __init__(
         self,
@@ -93,14 +92,13 @@ class Executor:
         large: LargeValues,
         emitters: Emitters,
         *,
+        expiry: Expiry,
         threads: int,
         where: str,
-        now_ms: Callable[[], float],
-        expire: Callable[[bytes], Awaitable[bool]],
     ) -> None:
         self._served, self._codec, self._finisher = served, codec, finisher
         self._large, self._emitters, self._where = large, emitters, where
-        self._now_ms, self._expire = now_ms, expire
+        self._expiry = expiry
         self._result_of = f"a result of {codec.tag}"
         self._ref_prefix = f"{codec.tag}~"
         self._loop = asyncio.get_running_loop()
@@ -161,13 +159,11 @@ class Executor:
     async def _run_with_care(self, running: Running) -> Any:
         """A request with a deadline, a stream, large arguments, or values of others. Its slot is taken from the start."""
         attempt = running.attempt
-        if (
-            attempt.deadline_ms is not None
-            and self._now_ms() >= attempt.deadline_ms
-            and await self._expire(attempt.ref)
-        ):
-            running.is_taken = True
-            return None
+        if (deadline_ms := attempt.deadline_ms) is not None:
+            if await self._expiry.has_passed(attempt.ref, deadline_ms):
+                running.is_taken = True
+                return None
+            running.timer = self._expiry.watch(attempt.ref, deadline_ms)
         body = await self._large.read_payload(attempt.ref) if b"payload" in attempt.more else attempt.body
         values = await self._large.read_all(attempt.supplied)
         method, args, kwargs, running.request.model_id = self._open(attempt, body, values)
@@ -270,6 +266,8 @@ class Executor:
     # the end
 
     def _ended(self, running: Running, done: asyncio.Future[Any]) -> None:
+        if running.timer is not None:
+            running.timer.cancel()
         self.running.pop(running.attempt.place, None)
         self.slot_freed.set()
         attempt = running.attempt

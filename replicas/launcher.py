@@ -281,7 +281,7 @@ class Launcher:
         elif "unhealthy" in message:
             process.kill(f"killed: {message['unhealthy']}")
         elif "recycling" in message:
-            process.expect_end()
+            process.expect_end(message["grace_s"])
         if "well" not in message:
             self._nudge.set()
 

@@ -5,24 +5,22 @@ Orders come as messages, which are hints: once a second the record says which of
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from millstream.broker import outcomes, scripts
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import Ended
-from millstream.broker.supplying import Run, Supplier
-from millstream.replicas.execution import Executor
+from millstream.replicas.execution import Executor, Running
 from millstream.replicas.streaming import Emitters
 
 LOOK_AFTER_S = 1.0  # what has run no longer has surely been delivered to us
 LOOK_AT_ONCE = 500
+CLEAN_UP_S = 1.0  # so long a cancelled coroutine may go on, where its caller wants it ended
 log = logging.getLogger("millstream.replica")
 
 
 class Orders:
-    """Obeys orders. `recycle(why)` is called when this process should be replaced: a thread cannot be ended."""
+    """Obeys orders. `recycle(why)` is called when this process should be replaced: a thread cannot be ended, nor a coroutine
+    that goes on nevertheless."""
 
     def __init__(
         self, keys: DeploymentKeys, executor: Executor, emitters: Emitters, recycle: Callable[[str], None]
@@ -31,17 +29,25 @@ class Orders:
 
     def on_message(self, message: bytes) -> None:
         """`cancel <lane> <entry>`, `kill <lane> <entry>` or `read <lane> <entry> <count>`."""
-        order, lane, entry, *count = message.split()
-        if order == b"read":
-            self._emitters.was_read((lane.decode(), entry), int(count[0]))
-        else:
-            self._take_away(lane.decode(), entry, kill=order == b"kill")
+        match message.split():
+            case [b"read", lane, entry, count] if count.isdigit():
+                self._emitters.was_read((lane.decode(errors="replace"), entry), int(count))
+            case [b"cancel" | b"kill" as order, lane, entry]:
+                self._take_away(lane.decode(errors="replace"), entry, kill=order == b"kill")
+            case _:
+                log.error("message %r is no order: some other program sent it", message[:100])
 
     def _take_away(self, lane: str, entry: bytes, *, kill: bool) -> None:
-        left = self._executor.take_away(lane, entry)
-        if left is not None and kill:
-            self._executor.abandon(left)
-            self._recycle(f"request {left.request.ref_id} was cancelled with kill_on_cancel while its thread was busy")
+        running = self._executor.running.get((lane, entry))
+        is_in_a_thread = self._executor.take_away(lane, entry) is not None
+        if running is not None and kill:
+            in_s = 0.0 if is_in_a_thread else CLEAN_UP_S
+            asyncio.get_running_loop().call_later(in_s, self._end_with_the_process, running)
+
+    def _end_with_the_process(self, running: Running) -> None:
+        if self._executor.running.get(running.attempt.place) is running:
+            self._executor.abandon(running)
+            self._recycle(f"request {running.request.ref_id} goes on after it was cancelled with kill_on_cancel")
 
     async def check(self, ask: Callable[..., Awaitable[Any]]) -> None:
         """Let go of what is not ours any more by the record. Raises BrokerUnavailableError."""
@@ -53,28 +59,3 @@ class Orders:
                 lane, entry = running.attempt.place
                 if place != b"%b %b" % (lane.encode(), entry) and self._executor.running.get((lane, entry)) is running:
                     self._take_away(lane, entry, kill=b"kill" in running.attempt.more)
-
-
-class ServerClock:
-    """The server's time, as of our own clock and what the server said last."""
-
-    def __init__(self) -> None:
-        self._ahead_ms = time.time() * 1000 - time.monotonic() * 1000
-
-    def now_ms(self) -> float:
-        return time.monotonic() * 1000 + self._ahead_ms
-
-    async def set(self, ask: Callable[..., Awaitable[Any]]) -> None:
-        """Ask the server. Half of the round trip is taken off; raises BrokerUnavailableError."""
-        before = time.monotonic()
-        seconds, micros = await ask("TIME")
-        middle_ms = (before + time.monotonic()) * 500
-        self._ahead_ms = int(seconds) * 1000 + int(micros) / 1000 - middle_ms
-
-
-async def expire(run: Run, supplier: Supplier, keys: DeploymentKeys, ref: bytes) -> bool:
-    """Have the server end a request whose deadline seems to have passed; False if it says that there is time left."""
-    call = scripts.cancel(keys, outcomes.ENDED_TTL_S, outcomes.OVERDUE, [ref], overdue=True)
-    ((what, _),), waiters = await run(call)
-    await supplier.supply_all(keys.tag, waiters)
-    return what is not Ended.EARLY

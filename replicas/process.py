@@ -17,7 +17,6 @@ from millstream.errors import MillstreamError
 from millstream.replicas.control import Control
 
 Message = dict[str, Any]
-GRACE_S = 20.0  # of a replica that ends by its own decision
 
 
 class WarmFailed(MillstreamError):
@@ -196,7 +195,7 @@ class ReplicaProcess:
         self.expect_end(grace_s)
         await self.control.send({"drain": True})
 
-    def expect_end(self, grace_s: float = GRACE_S) -> None:
+    def expect_end(self, grace_s: float) -> None:
         """It drains by its own decision: another takes its place at once, and it is killed if it takes too long."""
         self.is_draining = True
         self.kill_at = time.monotonic() + grace_s + 2.0

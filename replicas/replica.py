@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 from millstream.broker import scripts
@@ -32,12 +31,13 @@ from millstream.errors import BrokerUnavailableError
 from millstream.replicas.context import ReplicaContext, inside
 from millstream.replicas.control import Overseer
 from millstream.replicas.execution import Executor
+from millstream.replicas.expiry import Expiry, ServerClock
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.health import Health, check
 from millstream.replicas.intake import Intake
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Served, build
-from millstream.replicas.orders import Orders, ServerClock, expire
+from millstream.replicas.orders import Orders
 from millstream.replicas.streaming import Emitters
 from millstream.replicas.updating import Updater
 
@@ -136,10 +136,9 @@ class Replica:
             finisher,
             large,
             self._emitters,
+            expiry=Expiry(self._run, supplier, self._keys, self._clock, self._start_chore),
             threads=config.sync_threads,
             where=f"replica {self._birth.replica}, pid {os.getpid()}",
-            now_ms=self._clock.now_ms,
-            expire=partial(expire, self._run, supplier, self._keys),
         )
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
@@ -243,7 +242,8 @@ class Replica:
     def _recycle(self, why: str) -> None:
         """End this process in order, and have the launcher start another at once."""
         log.warning("replica %s is replaced: %s", self._birth.replica, why)
-        self._start_chore(self._control.send({"recycling": why}))
+        grace_s = self._birth.config.graceful_shutdown_timeout_s
+        self._start_chore(self._control.send({"recycling": why, "grace_s": grace_s}))
         self._stop.set()
 
     async def _register(self, state: str, connections: list[int] | None = None) -> None:

@@ -76,6 +76,10 @@ class Server:
     def unix_url(self) -> str:
         return f"unix://{self.folder}/socket"
 
+    @property
+    def is_up(self) -> bool:
+        return self._process is not None
+
     def start(self) -> "Server":
         """Start the process and wait until it takes commands. Raises RuntimeError with its log if it does not."""
         command = [
@@ -108,9 +112,19 @@ class Server:
         self._end(signal.SIGTERM)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def freeze(self) -> None:
+        """It keeps its connections and answers nobody, until `thaw`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(how)
+            self._process.send_signal(signal.SIGCONT)  # in case it is frozen
             self._process.wait(START_TIMEOUT_S)
             self._process = None
 

@@ -350,20 +350,6 @@ async def test_delayed_request_is_matched_at_once_and_runs_when_it_is_due(servin
 
 
 @pytest.mark.anyio
-async def test_cancelling_the_task_of_a_request_does_not_cancel_the_request(serving: Serving) -> None:
-    gate = Gate()
-    handle = serving(Model, gate, max_ongoing_requests=1)
-    first = await handle.remote(1)
-    second = handle.remote(2)
-
-    second.cancel()
-    gate.open()
-
-    assert await first == 1
-    assert await second.ref == 2
-
-
-@pytest.mark.anyio
 async def test_cancelling_a_call_does_not_cancel_the_request(serving: Serving) -> None:
     gate = Gate()
     handle = serving(Model, gate)
