@@ -89,14 +89,15 @@ async def test_request_that_waits_here_for_another_one_to_be_sent_is_cancelled(
     handle = serving_there(Model, notes)
     await handle.echo.call(0)
     own_server.freeze()
-    upstream = handle.options(delay_s=0.01).echo.remote(1)
+    large = b"x" * 100_000  # in a key of its own, which the server must have first
+    upstream = handle.echo.remote(large)
     waiting = handle.take.remote(upstream)
 
     was_cancelled = await asyncio.wait_for(waiting.ref.acancel(), 1)
     own_server.thaw()
 
     assert was_cancelled is True
-    assert await asyncio.wait_for(upstream.ref, 5) == 1
+    assert await asyncio.wait_for(upstream.ref, 5) == large
     with pytest.raises(RequestCancelledError):
         await (await waiting)
     assert notes.started == []
