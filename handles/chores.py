@@ -145,7 +145,11 @@ class Chores:
             if request.is_withdrawn or ref not in self._hub.pending:
                 return None
             request.was_submitted = True
-            answer = await self._submit(request)
+            try:
+                answer = await self._submit(request)
+            except BrokerUnavailableError:
+                self._hub.drops.may_be_sent_twice(request.pending.since)
+                raise
             if answer is Submitted.FULL:
                 raise outcomes.queue_full(request.route.tag)
             if answer is not Submitted.MISSING:

@@ -4,7 +4,6 @@ Results are deleted in batches, a moment later. Where a submit may be sent twice
 engine, they are left to their TTL: the second must find the result of the first.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -24,27 +23,27 @@ class Drops:
         self._dropped: deque[tuple[str, list[bytes]]] = deque()  # tag, refs
         self._large: deque[tuple[str, str, str]] = deque()  # tag, ref, part: values in keys of their own
         self._abandoned: deque[Cell] = deque()
-        self.sure_since = time.monotonic()  # requests made before may have been sent over another connection, too
+        self.sure_after = 0.0  # requests made up to then may have been sent over another connection, too
 
     def add(self, tag: str, ref: bytes, stored: bytes, since: float) -> None:
         """The result of one request, made at `since`, has been read, or will never be. Any thread."""
-        if since < self.sure_since:
+        if since <= self.sure_after:
             return
         self._dropped.append((tag, [ref]))
         if (part := outcomes.large_part(stored)) is not None:
             self._large.append((tag, ref.decode(), part))
 
     def add_all(self, tag: str, refs: list[bytes]) -> None:
-        """As `add`, for small results of requests made after `sure_since`."""
+        """As `add`, for small results of requests made after `sure_after`."""
         self._dropped.append((tag, refs))
 
     def abandon(self, cell: Cell) -> None:
         """The last ref to a request of this process is gone: free its result, once it has one. Any thread."""
         self._abandoned.append(cell)
 
-    def may_be_sent_twice(self) -> None:
-        """Whatever was made up to now: keep its result."""
-        self.sure_since = time.monotonic()
+    def may_be_sent_twice(self, made_until: float) -> None:
+        """Keep the results of what was made up to then. For who has lost the answer to a submit, or lets another send it."""
+        self.sure_after = max(self.sure_after, made_until)
         self._dropped.clear()
         self._large.clear()
 

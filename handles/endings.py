@@ -112,7 +112,7 @@ class Endings:
     def _was_never_sent(self, ref: bytes) -> bool:
         """Is it ours alone, and has it never been in the air over a connection that was lost?"""
         pending = self._hub.pending.get(ref)
-        return pending is not None and self._hub.made(ref) and pending.since >= self._hub.drops.sure_since
+        return pending is not None and self._hub.made(ref) and pending.since > self._hub.drops.sure_after
 
     # deadlines
 

@@ -102,7 +102,7 @@ class Engine:
         if self._handed_over == (other, self.sender.sent):
             return  # that was for another ref, and nothing has come since
         self._handed_over = (other, self.sender.sent)
-        self.drops.may_be_sent_twice()
+        self.drops.may_be_sent_twice(self.now())
         for route in list(self._routes.values()):
             if requests := self.sender.unacknowledged(route):
                 other.loop.call_soon_threadsafe(other.sender.adopt, route.tag, requests)
@@ -135,7 +135,7 @@ class Engine:
         items = self._messages.read(message)
         pendings = self.pending
         private: list[bytes] = []
-        sure_since = self.drops.sure_since
+        sure_after = self.drops.sure_after
         pending = None
         for i in range(0, len(items), 2):
             ref, stored = items[i], items[i + 1]
@@ -144,7 +144,7 @@ class Engine:
                 continue
             if stored[-1:] != b"\n":
                 del pendings[ref]
-                if pending.is_private and pending.since >= sure_since:
+                if pending.is_private and pending.since > sure_after:
                     private.append(ref)
                 pending.settle(stored)
             elif outcomes.is_running(stored):
@@ -213,7 +213,6 @@ class Engine:
 
     def on_lost(self) -> None:
         self._messages = Messages()
-        self.drops.may_be_sent_twice()
         for route in self._routes.values():
             route.is_ready = False
 

@@ -20,7 +20,7 @@ from millstream.handles.lines import PATIENCE_S
 from millstream.handles.route import Route, shorten_deadlines
 
 AT_ONCE = 64  # requests per submit call
-PAUSE_S = (0.01, 0.25)  # before a full queue is asked again, at first and at last
+PAUSE_S = (0.004, 0.25)  # before a full queue is asked again, at first and at last
 RETRY_S = 0.05  # for a server that answers and cannot take requests now
 Answer = Submitted | Exception
 
@@ -108,7 +108,8 @@ class Line:
     def _answered(self, reply: dict[int, Submitted] | Exception) -> None:
         batch, self._in_the_air = self._in_the_air, []
         if isinstance(reply, BrokerUnavailableError):  # idempotent by ref: sent again after the reconnect
-            self._hub.drops.may_be_sent_twice()
+            made = [self._hub.pending[patient.ref].since for patient in batch if patient.ref in self._hub.pending]
+            self._hub.drops.may_be_sent_twice(max(made, default=0.0))
             if self._hub.lines.is_connected:
                 self._wait(RETRY_S)
             return

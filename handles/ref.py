@@ -136,12 +136,20 @@ class ObjectRef:
         (`serve.get_request_context().is_cancelled`), and its result is ignored; with options(kill_on_cancel=True) its
         replica is replaced. Blocks for one round trip; `await ref.acancel()` does not. BrokerUnavailableError.
         """
+        if self._has_ended_here():
+            return False
         engines.warn_if_on_a_loop("ref.cancel()", "`await ref.acancel()`")
         return self._ask_blocking(lambda engine: engine.endings.cancel(self._id))
 
     async def acancel(self) -> bool:
         """As `cancel`, without blocking the loop."""
+        if self._has_ended_here():
+            return False
         return await self._ask(lambda engine: engine.endings.cancel(self._id))
+
+    def _has_ended_here(self) -> bool:
+        """Has this process heard of its end, or will it never begin?"""
+        return self._cell is not None and self._cell.has_ended and not self._cell.was_cut_off
 
     def cancel_unmatched(self) -> None:
         """Cancel the request soon, unless a replica has it or it is parked or delayed. For the task of `remote`."""

@@ -80,6 +80,7 @@ class Route:
     __slots__ = (
         "buffer",
         "buffered_bytes",
+        "bytes_in_the_air",
         "codec",
         "in_the_air",
         "is_preparing",
@@ -98,16 +99,17 @@ class Route:
         self.buffer: list[Any] = []
         self.buffered_bytes = 0
         self.in_the_air = 0
+        self.bytes_in_the_air = 0
         self.unacknowledged: set[Batch] = set()
 
 
 class Batch:
     """One submit call that has not been answered."""
 
-    __slots__ = ("requests",)
+    __slots__ = ("requests", "size_bytes")
 
-    def __init__(self, requests: list[Any]) -> None:
-        self.requests = requests
+    def __init__(self, requests: list[Any], size_bytes: int) -> None:
+        self.requests, self.size_bytes = requests, size_bytes
 
 
 def shorten_deadlines(requests: list[Any], pending: Mapping[bytes, Pending]) -> None:

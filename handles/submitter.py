@@ -23,6 +23,7 @@ FLUSH_BYTES = 64 * 1024
 OVERHEAD_BYTES = 200  # of one request in the buffer, beside its envelope
 IN_THE_AIR = 3  # so many submit calls go out without waiting for an answer; then what comes waits to be sent together
 MOST_IN_THE_AIR = 100  # calls; what comes then stays in the buffer, whose size is bounded
+MOST_BYTES_IN_THE_AIR = 64 * 1024 * 1024
 MOST_BUFFERED_BYTES = 256 * 1024 * 1024
 
 
@@ -155,13 +156,15 @@ class Submitter:
         commands = self._lines.commands
         if commands is None or not commands.is_up:
             return  # the reconnect flushes
-        while route.buffer and route.in_the_air < MOST_IN_THE_AIR:
-            batch = Batch(route.buffer[: FIELDS * FLUSH_REQUESTS])
+        while route.buffer and route.in_the_air < MOST_IN_THE_AIR and route.bytes_in_the_air < MOST_BYTES_IN_THE_AIR:
+            requests = route.buffer[: FIELDS * FLUSH_REQUESTS]
             del route.buffer[: FIELDS * FLUSH_REQUESTS]
-            route.buffered_bytes = route.buffered_bytes - _size_of(batch.requests) if route.buffer else 0
+            batch = Batch(requests, _size_of(requests) if route.buffer else route.buffered_bytes)
+            route.buffered_bytes -= batch.size_bytes
             if self._hub.deadlines:
-                shorten_deadlines(batch.requests, self._pending)
+                shorten_deadlines(requests, self._pending)
             route.in_the_air += 1
+            route.bytes_in_the_air += batch.size_bytes
             route.unacknowledged.add(batch)
             commands.start(
                 scripts.submit(route.keys, self._hub.name, batch.requests),
@@ -172,10 +175,13 @@ class Submitter:
 
     def _acknowledged(self, route: Route, batch: Batch, reply: dict[int, Submitted] | Exception) -> None:
         route.in_the_air -= 1
+        route.bytes_in_the_air -= batch.size_bytes
         route.unacknowledged.discard(batch)
         if isinstance(reply, BrokerUnavailableError):
-            self._hub.drops.may_be_sent_twice()
-            route.buffer[:0] = self._still_wanted(batch.requests)  # idempotent by ref: sent again after the reconnect
+            again = self._still_wanted(batch.requests)  # idempotent by ref: sent again after the reconnect
+            made = [self._pending[ref].since for ref in again[::FIELDS] if ref in self._pending]
+            self._hub.drops.may_be_sent_twice(max(made, default=0.0))
+            route.buffer[:0] = again
             route.buffered_bytes = _size_of(route.buffer)
             self.give_up_on_old(route, reply)
             if self._lines.is_connected:
