@@ -7,11 +7,10 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NoReturn, Self
 
-from millstream.broker.codec import Codec
 from millstream.broker.keys import deployment_tag
-from millstream.broker.outcomes import open_stored
 from millstream.handles import arguments, context, engines, mapping
 from millstream.handles.arguments import RefTask
+from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 from millstream.handles.options import HandleOptions, checked, with_extra
@@ -135,50 +134,6 @@ class _Handle:
             engine.deadlines.add(route.tag, ref, options.timeout_s)
 
 
-class CallFuture(asyncio.Future[Any]):
-    """What `DeploymentHandle.call` returns: a future of the value. Cancelling it does not cancel the request."""
-
-    codec: Codec
-    ref: bytes
-    since: float
-    is_private = True
-
-    @property
-    def is_over(self) -> bool:
-        return self.done()
-
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
-        if not self.done():
-            try:
-                self.set_result(open_stored(self.codec, self.ref, stored, large))
-            except BaseException as e:
-                self.set_exception(_settable(e))
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done():
-            self.set_exception(error)
-
-    def match(self) -> None:
-        pass
-
-    def item(self, stored: bytes) -> None:
-        pass
-
-    def look_again(self) -> bool:
-        return False
-
-
-class _SharedCallFuture(CallFuture):
-    """Of a request with an idempotency key: its result stays for others."""
-
-    is_private = False
-
-
-def _settable(error: BaseException) -> BaseException:
-    # asyncio refuses to set a StopIteration: in a coroutine it would mean "return".
-    return RuntimeError(f"the request raised {type(error).__name__}") if isinstance(error, StopIteration) else error
-
-
 class DeploymentHandle(_Handle):
     """The asynchronous handle: for code on an event loop, and inside other deployments.
 
@@ -211,7 +166,7 @@ class DeploymentHandle(_Handle):
     def call(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Send a request and await its value: one await. Raises what `remote` and its ref do."""
         engine, route = self._route_here()
-        future = (CallFuture if self._options.idempotency_key is None else _SharedCallFuture)(loop=engine.loop)
+        future = (CallFuture if self._options.idempotency_key is None else SharedCallFuture)(loop=engine.loop)
         future.codec, future.ref, future.since = route.codec, self._new_ref(engine, route), engine.now()
         self._send(engine, route, future, args, kwargs)
         return future
