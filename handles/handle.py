@@ -5,14 +5,16 @@ import functools
 import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, Unpack, overload
 
 from millstream.broker.keys import deployment_tag
 from millstream.handles import arguments, context, engines, mapping
-from millstream.handles.arguments import RefTask
+from millstream.handles.arguments import Argument, RefTask
 from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
+from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co, Yields
+from millstream.handles.mapping import How, Many
 from millstream.handles.options import HandleOptions, checked, with_extra
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Request, Route
@@ -73,8 +75,10 @@ class _Handle:
     def __hash__(self) -> int:
         return hash((self._tag, self._options))
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
+    if not TYPE_CHECKING:  # for type checkers it is an error that there is no such method
+
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
 
     def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> arguments.Arguments:
         model_id = self._options.multiplexed_model_id
@@ -134,13 +138,32 @@ class _Handle:
             engine.deadlines.add(route.tag, ref, options.timeout_s)
 
 
-class DeploymentHandle(_Handle):
+class DeploymentHandle(_Handle, Generic[T_co]):
     """The asynchronous handle: for code on an event loop, and inside other deployments.
 
     A request is sent at the call, not at the first await.
     """
 
-    def remote(self, *args: Any, **kwargs: Any) -> RefTask:
+    if TYPE_CHECKING:
+
+        @overload
+        def options(self, *, method_name: str, stream: Literal[True], **options: Any) -> "_Streaming[Any]": ...
+        @overload
+        def options(self, *, method_name: str, **options: Any) -> "DeploymentHandle[Any]": ...
+        @overload
+        def options(self, *, stream: Literal[True], **options: Any) -> "_Streaming[T_co]": ...
+        @overload
+        def options(self, **options: Any) -> Self: ...
+        def options(self, **options: Any) -> Any: ...
+        def __getattr__(self, name: str) -> "DeploymentHandle[Any]": ...
+
+    @overload
+    def remote(self: "DeploymentHandle[Async[R]]", *args: Any, **kwargs: Any) -> RefTask[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Yields[R]]", *args: Any, **kwargs: Any) -> AsyncStream[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Plain[R]]", *args: Any, **kwargs: Any) -> RefTask[R]: ...
+    def remote(self: "DeploymentHandle[Any]", *args: Any, **kwargs: Any) -> Any:
         """Send a request. The task gives its `ObjectRef` once a replica has it, or it is parked, delayed or ended.
 
         With block_until="queued", once the server has it. From then on it is not lost, whatever becomes of the caller.
@@ -152,7 +175,7 @@ class DeploymentHandle(_Handle):
         """
         options = self._options
         if options.stream:
-            return self.stream(*args, **kwargs)  # type: ignore[return-value]
+            return self.stream(*args, **kwargs)
         engine, route = self._route_here()
         cell = Cell(route.codec, self._new_ref(engine, route))
         self._send(engine, route, cell, args, kwargs, for_match=True)
@@ -163,6 +186,10 @@ class DeploymentHandle(_Handle):
         task.ref = ref
         return task
 
+    @overload
+    def call(self: "DeploymentHandle[Async[R]]", *args: Any, **kwargs: Any) -> asyncio.Future[R]: ...
+    @overload
+    def call(self: "DeploymentHandle[Plain[R]]", *args: Any, **kwargs: Any) -> asyncio.Future[R]: ...
     def call(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Send a request and await its value: one await. Raises what `remote` and its ref do."""
         engine, route = self._route_here()
@@ -171,7 +198,7 @@ class DeploymentHandle(_Handle):
         self._send(engine, route, future, args, kwargs)
         return future
 
-    def stream(self, *args: Any, **kwargs: Any) -> AsyncStream:
+    def stream(self: "DeploymentHandle[Yields[R]]", *args: Any, **kwargs: Any) -> AsyncStream[R]:
         """Call a generator method: an async iterator of its items, as they are produced.
 
         At most `max_ahead` of them are produced before they are read. Closing the iterator early (`aclose`, or dropping
@@ -184,8 +211,12 @@ class DeploymentHandle(_Handle):
         handle._send(engine, route, cell, args, kwargs)
         return AsyncStream(cell)
 
+    @overload
+    def map(self: "DeploymentHandle[Async1[A, R]]", iterable: Many[A], **how: Unpack[How]) -> AsyncIterator[R]: ...
+    @overload
+    def map(self: "DeploymentHandle[Plain1[A, R]]", iterable: Many[A], **how: Unpack[How]) -> AsyncIterator[R]: ...
     def map(
-        self,
+        self: "DeploymentHandle[Any]",
         iterable: Iterable[Any] | AsyncIterable[Any],
         *,
         max_in_flight: int = 1000,
@@ -235,17 +266,36 @@ class DeploymentHandle(_Handle):
         return engine, self._route
 
 
-class SyncHandle(_Handle):
+class SyncHandle(_Handle, Generic[T_co]):
     """The blocking handle: for scripts, threads and notebooks. `serve.run` returns one."""
 
-    def remote(self, *args: Any, **kwargs: Any) -> ObjectRef:
+    if TYPE_CHECKING:
+
+        @overload
+        def options(self, *, method_name: str, stream: Literal[True], **options: Any) -> "_SyncStreaming[Any]": ...
+        @overload
+        def options(self, *, method_name: str, **options: Any) -> "SyncHandle[Any]": ...
+        @overload
+        def options(self, *, stream: Literal[True], **options: Any) -> "_SyncStreaming[T_co]": ...
+        @overload
+        def options(self, **options: Any) -> Self: ...
+        def options(self, **options: Any) -> Any: ...
+        def __getattr__(self, name: str) -> "SyncHandle[Any]": ...
+
+    @overload
+    def remote(self: "SyncHandle[Async[R]]", *args: Any, **kwargs: Any) -> ObjectRef[R]: ...
+    @overload
+    def remote(self: "SyncHandle[Yields[R]]", *args: Any, **kwargs: Any) -> Stream[R]: ...
+    @overload
+    def remote(self: "SyncHandle[Plain[R]]", *args: Any, **kwargs: Any) -> ObjectRef[R]: ...
+    def remote(self: "SyncHandle[Any]", *args: Any, **kwargs: Any) -> Any:
         """Send a request and block until a replica has it (or it is parked, delayed or ended). Answers Ctrl-C.
 
         Returns its `ObjectRef`; with options(stream=True) this is `stream`. Raises SerializationError,
         DeploymentNotFoundError, DeployFailedError, BrokerUnavailableError, BackPressureError.
         """
         if self._options.stream:
-            return self.stream(*args, **kwargs)  # type: ignore[return-value]
+            return self.stream(*args, **kwargs)
         engines.warn_if_on_a_loop(f"{type(self).__name__}.remote()", "`await` with a DeploymentHandle")
         background, engine, route = self._route_there()
         cell = Cell(route.codec, self._new_ref(engine, route))
@@ -257,6 +307,10 @@ class SyncHandle(_Handle):
             ref.share()
         return ref
 
+    @overload
+    def call(self: "SyncHandle[Async[R]]", *args: Any, **kwargs: Any) -> R: ...
+    @overload
+    def call(self: "SyncHandle[Plain[R]]", *args: Any, **kwargs: Any) -> R: ...
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Send a request and block for its value."""
         engines.warn_if_on_a_loop(f"{type(self).__name__}.call()", "`await` with a DeploymentHandle's call()")
@@ -264,7 +318,7 @@ class SyncHandle(_Handle):
         cell.wait(None)
         return cell.read()
 
-    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+    def stream(self: "SyncHandle[Yields[R]]", *args: Any, **kwargs: Any) -> Stream[R]:
         """Call a generator method: an iterator of its items, as they are produced.
 
         At most `max_ahead` of them are produced before they are read. Closing the iterator early (`close`, or dropping
@@ -277,6 +331,10 @@ class SyncHandle(_Handle):
         handle._send(background, cell, args, kwargs)
         return Stream(cell)
 
+    @overload
+    def map(self: "SyncHandle[Async1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[How]) -> Iterator[R]: ...
+    @overload
+    def map(self: "SyncHandle[Plain1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[How]) -> Iterator[R]: ...
     def map(
         self, iterable: Iterable[Any], *, max_in_flight: int = 1000, ordered: bool = True, progress: bool = False
     ) -> Iterator[Any]:
@@ -325,3 +383,17 @@ def _raise_if_unsent(cell: Cell) -> None:
     """After the match: a request that never reached the server raises here, one that ran and failed at its ref."""
     if cell.has_ended and cell.stored is None:
         cell.read()
+
+
+if TYPE_CHECKING:
+    # What options(stream=True) gives. Type checkers need a kind of its own: its `remote` is `stream`.
+
+    class _Streaming(DeploymentHandle[T_co]):
+        remote = DeploymentHandle.stream  # type: ignore[assignment]
+
+        def __getattr__(self, name: str) -> "_Streaming[Any]": ...
+
+    class _SyncStreaming(SyncHandle[T_co]):
+        remote = SyncHandle.stream  # type: ignore[assignment]
+
+        def __getattr__(self, name: str) -> "_SyncStreaming[Any]": ...

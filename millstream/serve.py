@@ -16,6 +16,7 @@ from millstream.config import Settings
 from millstream.deployment import Application, Deployment, Node, compile_graph, deployment
 from millstream.errors import ConfigError, DeployFailedError
 from millstream.handles import engines
+from millstream.handles.generics import T
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
@@ -57,8 +58,8 @@ def start() -> None:
 
 
 def run(
-    target: Application, *, name: str = "default", blocking: bool = False, timeout_s: float | None = None
-) -> SyncHandle:
+    target: Application[T], *, name: str = "default", blocking: bool = False, timeout_s: float | None = None
+) -> SyncHandle[T]:
     """Deploy an application and wait until it serves; the handle of its ingress.
 
     Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. An application of the
