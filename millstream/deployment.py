@@ -185,3 +185,9 @@ def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: An
         return Deployment(target, _checked_name(name), DeploymentConfig().updated(given))
 
     return decorate if func_or_class is None else decorate(func_or_class)
+
+
+if TYPE_CHECKING:
+
+    class DecoratedClass(Deployment[T_co], type):
+        """The metaclass that the mypy plugin gives to a class under the decorator: so it has `bind` and the rest."""
