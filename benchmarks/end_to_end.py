@@ -7,9 +7,6 @@ round trip of the async and the sync handle, and the CPU time per request of cli
 steadier than wall time on a shared machine. Figures are medians over the rounds, with minimum and maximum.
 """
 
-# mypy: disable-error-code="attr-defined"
-# (mypy does not apply what a class decorator returns: https://github.com/python/mypy/issues/3135)
-
 import argparse
 import asyncio
 import json

@@ -7,9 +7,6 @@ keys. Fails if one of them grows: the median of the last fifth may be above that
 2 MB (server) or 2,000 keys at most.
 """
 
-# mypy: disable-error-code="attr-defined"
-# (mypy does not apply what a class decorator returns: https://github.com/python/mypy/issues/3135)
-
 import argparse
 import json
 import statistics

@@ -2,24 +2,28 @@
 refs further down stay refs, un-awaited tasks become refs at any depth (Ray's rules)."""
 
 import asyncio
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from millstream.broker import pickling
 from millstream.broker.pickling import Pickled
 from millstream.errors import SerializationError
+from millstream.handles.generics import A, T_co
 from millstream.handles.ref import ObjectRef
 
 
-class RefTask(asyncio.Task[ObjectRef]):
+class RefTask(asyncio.Task[ObjectRef[T_co]]):
     """What `DeploymentHandle.remote` returns: a task whose result is the ref, which is known before it is done."""
 
-    ref: ObjectRef
+    ref: ObjectRef[T_co]
 
     def cancel(self, msg: Any = None) -> bool:
         """Before the match this cancels the request, as in Ray; later it does nothing."""
         if not self.done():  # its coroutine may not have begun, and could not do this then
             self.ref.cancel_unmatched()
         return super().cancel(msg)
+
+
+Argument: TypeAlias = A | ObjectRef[A] | RefTask[A]  # what may stand for an argument of type A
 
 
 class Later(NamedTuple):

@@ -5,16 +5,17 @@ import functools
 import math
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, Unpack, overload
 
-from millstream.broker.codec import Codec
 from millstream.broker.keys import deployment_tag
-from millstream.broker.outcomes import open_stored
-from millstream.errors import MillstreamError, RequestCancelledError
+from millstream.errors import RequestCancelledError
 from millstream.handles import arguments, context, engines, mapping
-from millstream.handles.arguments import RefTask
+from millstream.handles.arguments import Argument, RefTask
+from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
+from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co, Yields
+from millstream.handles.mapping import How, Many
 from millstream.handles.options import HandleOptions, checked, with_extra
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Request, Route
@@ -78,8 +79,10 @@ class _Handle:
     def __hash__(self) -> int:
         return hash((self._tag, self._options))
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
+    if not TYPE_CHECKING:  # for type checkers it is an error that there is no such method
+
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
 
     def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> arguments.Arguments:
         model_id = self._options.multiplexed_model_id
@@ -145,59 +148,32 @@ class _Handle:
             engine.deadlines.add(route.tag, ref, options.timeout_s)
 
 
-class CallFuture(asyncio.Future[Any]):
-    """What `DeploymentHandle.call` returns: a future of the value. Cancelling it does not cancel the request."""
-
-    codec: Codec
-    ref: bytes
-    since: float
-    is_private = True
-
-    @property
-    def is_over(self) -> bool:
-        return self.done()
-
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
-        if not self.done():
-            try:
-                self.set_result(open_stored(self.codec, self.ref, stored, large))
-            except BaseException as e:
-                self.set_exception(_settable(e))
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done():
-            self.set_exception(error)
-
-    def match(self) -> None:
-        pass
-
-    def item(self, stored: bytes) -> None:
-        pass
-
-    def look_again(self) -> bool:
-        return False
-
-
-class _SharedCallFuture(CallFuture):
-    """Of a request with an idempotency key: its result stays for others."""
-
-    is_private = False
-
-
-def _settable(error: BaseException) -> BaseException:
-    if isinstance(error, MillstreamError):
-        error.__traceback__ = None  # it would show how we rebuilt it
-    # asyncio refuses to set a StopIteration: in a coroutine it would mean "return".
-    return RuntimeError(f"the request raised {type(error).__name__}") if isinstance(error, StopIteration) else error
-
-
-class DeploymentHandle(_Handle):
+class DeploymentHandle(_Handle, Generic[T_co]):
     """The asynchronous handle: for code on an event loop, and inside other deployments.
 
     A request is sent at the call, not at the first await.
     """
 
-    def remote(self, *args: Any, **kwargs: Any) -> RefTask:
+    if TYPE_CHECKING:
+
+        @overload
+        def options(self, *, method_name: str, stream: Literal[True], **options: Any) -> "_Streaming[Any]": ...
+        @overload
+        def options(self, *, method_name: str, **options: Any) -> "DeploymentHandle[Any]": ...
+        @overload
+        def options(self, *, stream: Literal[True], **options: Any) -> "_Streaming[T_co]": ...
+        @overload
+        def options(self, **options: Any) -> Self: ...
+        def options(self, **options: Any) -> Any: ...
+        def __getattr__(self, name: str) -> "DeploymentHandle[Any]": ...
+
+    @overload
+    def remote(self: "DeploymentHandle[Async[R]]", *args: Any, **kwargs: Any) -> RefTask[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Yields[R]]", *args: Any, **kwargs: Any) -> AsyncStream[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Plain[R]]", *args: Any, **kwargs: Any) -> RefTask[R]: ...
+    def remote(self: "DeploymentHandle[Any]", *args: Any, **kwargs: Any) -> Any:
         """Send a request. The task gives its `ObjectRef` once a replica has it, or it is parked, delayed or ended.
 
         With block_until="queued", once the server has it. From then on it is not lost, whatever becomes of the caller.
@@ -209,7 +185,7 @@ class DeploymentHandle(_Handle):
         """
         options = self._options
         if options.stream:
-            return self.stream(*args, **kwargs)  # type: ignore[return-value]
+            return self.stream(*args, **kwargs)
         engine, route = self._route_here()
         cell = Cell(route.codec, self._new_ref(engine, route))
         self._send(engine, route, cell, args, kwargs, for_match=True)
@@ -220,15 +196,19 @@ class DeploymentHandle(_Handle):
         task.ref = ref
         return task
 
+    @overload
+    def call(self: "DeploymentHandle[Async[R]]", *args: Any, **kwargs: Any) -> asyncio.Future[R]: ...
+    @overload
+    def call(self: "DeploymentHandle[Plain[R]]", *args: Any, **kwargs: Any) -> asyncio.Future[R]: ...
     def call(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Send a request and await its value: one await. Raises what `remote` and its ref do."""
         engine, route = self._route_here()
-        future = (CallFuture if self._options.idempotency_key is None else _SharedCallFuture)(loop=engine.loop)
+        future = (CallFuture if self._options.idempotency_key is None else SharedCallFuture)(loop=engine.loop)
         future.codec, future.ref, future.since = route.codec, self._new_ref(engine, route), engine.now()
         self._send(engine, route, future, args, kwargs)
         return future
 
-    def stream(self, *args: Any, **kwargs: Any) -> AsyncStream:
+    def stream(self: "DeploymentHandle[Yields[R]]", *args: Any, **kwargs: Any) -> AsyncStream[R]:
         """Call a generator method: an async iterator of its items, as they are produced.
 
         At most `max_ahead` of them are produced before they are read. Closing the iterator early (`aclose`, or dropping
@@ -241,8 +221,12 @@ class DeploymentHandle(_Handle):
         handle._send(engine, route, cell, args, kwargs)
         return AsyncStream(cell)
 
+    @overload
+    def map(self: "DeploymentHandle[Async1[A, R]]", iterable: Many[A], **how: Unpack[How]) -> AsyncIterator[R]: ...
+    @overload
+    def map(self: "DeploymentHandle[Plain1[A, R]]", iterable: Many[A], **how: Unpack[How]) -> AsyncIterator[R]: ...
     def map(
-        self,
+        self: "DeploymentHandle[Any]",
         iterable: Iterable[Any] | AsyncIterable[Any],
         *,
         max_in_flight: int = 1000,
@@ -282,10 +266,29 @@ class DeploymentHandle(_Handle):
         return engine, self._route
 
 
-class SyncHandle(_Handle):
+class SyncHandle(_Handle, Generic[T_co]):
     """The blocking handle: for scripts, threads and notebooks. `serve.run` returns one."""
 
-    def remote(self, *args: Any, **kwargs: Any) -> ObjectRef:
+    if TYPE_CHECKING:
+
+        @overload
+        def options(self, *, method_name: str, stream: Literal[True], **options: Any) -> "_SyncStreaming[Any]": ...
+        @overload
+        def options(self, *, method_name: str, **options: Any) -> "SyncHandle[Any]": ...
+        @overload
+        def options(self, *, stream: Literal[True], **options: Any) -> "_SyncStreaming[T_co]": ...
+        @overload
+        def options(self, **options: Any) -> Self: ...
+        def options(self, **options: Any) -> Any: ...
+        def __getattr__(self, name: str) -> "SyncHandle[Any]": ...
+
+    @overload
+    def remote(self: "SyncHandle[Async[R]]", *args: Any, **kwargs: Any) -> ObjectRef[R]: ...
+    @overload
+    def remote(self: "SyncHandle[Yields[R]]", *args: Any, **kwargs: Any) -> Stream[R]: ...
+    @overload
+    def remote(self: "SyncHandle[Plain[R]]", *args: Any, **kwargs: Any) -> ObjectRef[R]: ...
+    def remote(self: "SyncHandle[Any]", *args: Any, **kwargs: Any) -> Any:
         """Send a request and block until a replica has it (or it is parked, delayed or ended). Answers Ctrl-C.
 
         Returns its `ObjectRef`; with options(stream=True) this is `stream`. Raises SerializationError,
@@ -293,7 +296,7 @@ class SyncHandle(_Handle):
         replica took it in time).
         """
         if self._options.stream:
-            return self.stream(*args, **kwargs)  # type: ignore[return-value]
+            return self.stream(*args, **kwargs)
         engines.warn_if_on_a_loop(f"{type(self).__name__}.remote()", "`await` with a DeploymentHandle")
         background, engine, route = self._route_there()
         cell = Cell(route.codec, self._new_ref(engine, route))
@@ -305,6 +308,10 @@ class SyncHandle(_Handle):
             ref.share()
         return ref
 
+    @overload
+    def call(self: "SyncHandle[Async[R]]", *args: Any, **kwargs: Any) -> R: ...
+    @overload
+    def call(self: "SyncHandle[Plain[R]]", *args: Any, **kwargs: Any) -> R: ...
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Send a request and block for its value."""
         engines.warn_if_on_a_loop(f"{type(self).__name__}.call()", "`await` with a DeploymentHandle's call()")
@@ -312,7 +319,7 @@ class SyncHandle(_Handle):
         cell.wait(None)
         return cell.read()
 
-    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+    def stream(self: "SyncHandle[Yields[R]]", *args: Any, **kwargs: Any) -> Stream[R]:
         """Call a generator method: an iterator of its items, as they are produced.
 
         At most `max_ahead` of them are produced before they are read. Closing the iterator early (`close`, or dropping
@@ -325,6 +332,10 @@ class SyncHandle(_Handle):
         handle._send(background, cell, args, kwargs)
         return Stream(cell)
 
+    @overload
+    def map(self: "SyncHandle[Async1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[How]) -> Iterator[R]: ...
+    @overload
+    def map(self: "SyncHandle[Plain1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[How]) -> Iterator[R]: ...
     def map(
         self, iterable: Iterable[Any], *, max_in_flight: int = 1000, ordered: bool = True, progress: bool = False
     ) -> Iterator[Any]:
@@ -376,3 +387,17 @@ def _raise_if_lost(cell: Cell) -> None:
             cell.read()
         except RequestCancelledError:
             return  # before it was sent; as where the server was told
+
+
+if TYPE_CHECKING:
+    # What options(stream=True) gives. Type checkers need a kind of its own: its `remote` is `stream`.
+
+    class _Streaming(DeploymentHandle[T_co]):
+        remote = DeploymentHandle.stream  # type: ignore[assignment]
+
+        def __getattr__(self, name: str) -> "_Streaming[Any]": ...
+
+    class _SyncStreaming(SyncHandle[T_co]):
+        remote = SyncHandle.stream  # type: ignore[assignment]
+
+        def __getattr__(self, name: str) -> "_SyncStreaming[Any]": ...

@@ -5,12 +5,23 @@ import queue
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 from millstream.errors import ConfigError
+from millstream.handles.arguments import Argument
 from millstream.handles.cell import Cell
+from millstream.handles.generics import A
 
 Send = Callable[[Any], Cell]
+Many: TypeAlias = Iterable[Argument[A]] | AsyncIterable[Argument[A]]
+
+
+class How(TypedDict, total=False):
+    """How `map` goes about it: its keywords, for the overloads."""
+
+    max_in_flight: int
+    ordered: bool
+    progress: bool
 
 
 def map_sync(send: Send, items: Iterable[Any], max_in_flight: int, *, ordered: bool, progress: bool) -> Iterator[Any]:

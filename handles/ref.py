@@ -5,7 +5,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from millstream.broker.keys import split_ref
 from millstream.broker.states import State
@@ -13,6 +13,7 @@ from millstream.errors import GetTimeoutError
 from millstream.handles import engines
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
+from millstream.handles.generics import T_co
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def _forget_lock() -> None:
 os.register_at_fork(after_in_child=_forget_lock)
 
 
-class ObjectRef:
+class ObjectRef(Generic[T_co]):
     """The future of one request's result.
 
     `await ref` (repeatedly, in any loop), `ref.result(timeout)` (from any thread), `asyncio.wait([ref])`,
@@ -51,7 +52,7 @@ class ObjectRef:
             engine.drops.abandon(cell)  # no lock may be taken here: the collector may run us while this thread holds it
 
     @classmethod
-    def from_id(cls, ref_id: str) -> "ObjectRef":
+    def from_id(cls, ref_id: str) -> Self:
         """The ref of that id, in any process that reaches the same server. ValueError if it is no ref id."""
         split_ref(ref_id)
         return cls(ref_id)
@@ -85,20 +86,20 @@ class ObjectRef:
 
     # asynchronous
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[Any, None, T_co]:
         loop = engines.loop_here("awaiting a ref")
         cell = self._followed_here()
         if not cell.has_ended:
             yield from cell.future(loop).__await__()
-        return cell.read()
+        return cell.read()  # type: ignore[no-any-return]
 
-    def add_done_callback(self, callback: Callable[["ObjectRef"], object], *, context: Any = None) -> None:
+    def add_done_callback(self, callback: Callable[[Self], object], *, context: Any = None) -> None:
         """Call `callback(ref)` in the running loop once the request has ended; what `asyncio.wait` needs."""
         loop = engines.loop_here("a callback")
         future = self._followed_here().future(loop)
         future.add_done_callback(lambda _: callback(self), context=context)
 
-    def remove_done_callback(self, callback: Callable[["ObjectRef"], object]) -> int:
+    def remove_done_callback(self, callback: Callable[[Self], object]) -> int:
         """Accepted for `asyncio.wait`, which calls it on what is not done; a late callback finds nobody."""
         return 0
 
@@ -112,9 +113,9 @@ class ObjectRef:
             raise asyncio.InvalidStateError(f"{self!r} has not ended")
         return cell.error()
 
-    def future(self) -> concurrent.futures.Future[Any]:
+    def future(self) -> concurrent.futures.Future[T_co]:
         """A `concurrent.futures.Future` of the value."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future: concurrent.futures.Future[T_co] = concurrent.futures.Future()
 
         def ended(cell: Cell) -> None:
             error = cell.error()
@@ -196,7 +197,7 @@ class ObjectRef:
         """Has the request ended, as far as this process has heard?"""
         return self._followed().has_ended
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> T_co:
         """Block for the value, at most `timeout` seconds. Raises the request's error, GetTimeoutError, RefNotFoundError."""
         cell = self._followed_off_loop()
         if not cell.has_ended:
@@ -206,7 +207,7 @@ class ObjectRef:
                 f"request {self.id} has no result after {timeout} s; it goes on: ask again, or look at `millstream ref {self.id}`",
                 ref_id=self.id,
             )
-        return cell.read()
+        return cell.read()  # type: ignore[no-any-return]
 
     # who listens for us
 

@@ -9,12 +9,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 from millstream.broker import outcomes
 from millstream.errors import BrokerUnavailableError, GetTimeoutError, RefNotFoundError
 from millstream.handles import engines
 from millstream.handles.engine import Engine
+from millstream.handles.generics import T_co
 from millstream.handles.route import Route
 
 
@@ -195,19 +196,19 @@ class _Items:
         return f"{type(self).__name__}({self._cell.ref_id})"
 
 
-class AsyncStream(_Items):
+class AsyncStream(_Items, Generic[T_co]):
     """The items of a generator method, for `async for`. Belongs to the loop that it was made on."""
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> T_co:
         """The next item. Raises the generator's error after the items before it; a cancelled wait loses no item."""
         cell = self._cell
         while not self._has_ended:
             if (stored := cell.take()) is not None:
                 part = cell.large_part(stored)
-                return cell.open(stored, None if part is None else await cell.read_large(part))
+                return cell.open(stored, None if part is None else await cell.read_large(part))  # type: ignore[no-any-return]
             if cell.is_over:
                 if cell.has_failed or cell.missing() > 0:
                     await cell.read_rest()
@@ -250,24 +251,24 @@ class AsyncStream(_Items):
             self._cell.wait_for_news(None)
 
 
-class Stream(_Items):
+class Stream(_Items, Generic[T_co]):
     """The items of a generator method, for `for`. From any thread, one at a time."""
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> T_co:
         """The next item; blocks for it. Raises the generator's error after the items before it."""
         return self.next(None)
 
-    def next(self, timeout: float | None) -> Any:
+    def next(self, timeout: float | None) -> T_co:
         """As `next(stream)`, at most `timeout` seconds; then GetTimeoutError, and nothing is lost."""
         engines.warn_if_on_a_loop("iterating over a SyncHandle's stream", "`async for` with a DeploymentHandle's")
         cell = self._cell
         while not self._has_ended:
             if (stored := cell.take()) is not None:
                 part = cell.large_part(stored)
-                return cell.open(stored, None if part is None else engines.background().run(cell.read_large(part)))
+                return cell.open(stored, None if part is None else engines.background().run(cell.read_large(part)))  # type: ignore[no-any-return]
             if cell.is_over:
                 if cell.has_failed or cell.missing() > 0:
                     engines.background().run(cell.read_rest())

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from millstream.broker import pickling
 from millstream.broker.keys import put_tag
 from millstream.errors import GetTimeoutError
 from millstream.handles import engines
+from millstream.handles.generics import T
 from millstream.handles.ref import ObjectRef
 
 PUT_TTL_S = 3600.0
@@ -20,7 +21,11 @@ def cancel(ref: ObjectRef) -> bool:
     return ref.cancel()
 
 
-def get(refs: ObjectRef | list[ObjectRef], *, timeout: float | None = None) -> Any:
+@overload
+def get(refs: ObjectRef[T], *, timeout: float | None = None) -> T: ...
+@overload
+def get(refs: list[ObjectRef[T]], *, timeout: float | None = None) -> list[T]: ...
+def get(refs: ObjectRef | list[ObjectRef[T]], *, timeout: float | None = None) -> Any:
     """Block for one value, or for a list of values in the order of the refs.
 
     The first failure in list order is raised, without waiting for what comes after it. GetTimeoutError after `timeout` seconds in all (0 polls); the requests
@@ -46,8 +51,8 @@ def get(refs: ObjectRef | list[ObjectRef], *, timeout: float | None = None) -> A
 
 
 def wait(
-    refs: list[ObjectRef], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
-) -> tuple[list[ObjectRef], list[ObjectRef]]:
+    refs: list[ObjectRef[T]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[ObjectRef[T]], list[ObjectRef[T]]]:
     """Block until `num_returns` requests have ended (failed ones count), or `timeout` seconds have passed.
 
     Returns (ready, not ready), both in the order of `refs`, at most `num_returns` ready. `fetch_local` is Ray's; values
@@ -104,7 +109,7 @@ def _check_wait(refs: Sequence[ObjectRef], num_returns: int, timeout: float | No
         raise ValueError(f"timeout={timeout} must not be negative")
 
 
-def put(value: Any) -> ObjectRef:
+def put(value: T) -> ObjectRef[T]:
     """Store a value and return its ref: to pass it to many requests, or to read it elsewhere by id. Kept for an hour.
 
     Raises SerializationError, PayloadTooLargeError, BrokerUnavailableError.

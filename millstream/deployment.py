@@ -4,23 +4,26 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar, overload
 
 from millstream.broker.definitions import max_ongoing
 from millstream.broker.keys import check_name
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError
+from millstream.handles.generics import T, T_co
 from millstream.handles.handle import DeploymentHandle
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-class Deployment:
+
+class Deployment(Generic[T_co]):
     """A class or function that can be served, with its config. Made by `@serve.deployment`."""
 
     def __init__(self, func_or_class: Callable[..., Any], name: str, config: DeploymentConfig) -> None:
         self.func_or_class, self.name, self.config = func_or_class, name, config
         self.__doc__, self.__module__ = func_or_class.__doc__, func_or_class.__module__
 
-    def bind(self, *args: Any, **kwargs: Any) -> "Application":
+    def bind(self, *args: Any, **kwargs: Any) -> "Application[T_co]":
         """A node of a graph: this deployment with constructor arguments.
 
         Nodes among the arguments become handles. The same node bound twice is one deployment; the same class bound
@@ -29,7 +32,7 @@ class Deployment:
         self._check_arguments(args, kwargs)
         return Application(self, args, kwargs)
 
-    def options(self, **options: Any) -> "Deployment":
+    def options(self, **options: Any) -> "Deployment[T_co]":
         """A copy with other options; the same names as `@serve.deployment`. Raises ConfigError."""
         name = options.pop("name", None) or self.name
         return Deployment(self.func_or_class, _checked_name(name), self.config.updated(options))
@@ -59,10 +62,10 @@ class Deployment:
 
 
 @dataclass(frozen=True, eq=False)
-class Application:
+class Application(Generic[T_co]):
     """A bound deployment and, through its arguments, the graph below it. Equal only to itself."""
 
-    deployment: Deployment
+    deployment: Deployment[T_co]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -159,10 +162,19 @@ def _checked_name(name: Any) -> str:
         raise ConfigError(str(e)) from None
 
 
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, target: type[T], /) -> Deployment[T]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, target: F, /) -> Deployment[F]: ...
+
+
 @overload
-def deployment(func_or_class: Callable[..., Any], /) -> Deployment: ...
+def deployment(func_or_class: type[T], /) -> Deployment[T]: ...  # type: ignore[overload-overlap]
 @overload
-def deployment(**options: Any) -> Callable[[Callable[..., Any]], Deployment]: ...
+def deployment(func_or_class: F, /) -> Deployment[F]: ...
+@overload
+def deployment(**options: Any) -> _Decorator: ...
 def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a class or function servable. Bare, or with options.
 
@@ -186,3 +198,9 @@ def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: An
         return Deployment(target, _checked_name(name), DeploymentConfig().updated(given))
 
     return decorate if func_or_class is None else decorate(func_or_class)
+
+
+if TYPE_CHECKING:
+
+    class DecoratedClass(Deployment[T_co], type):
+        """The metaclass that the mypy plugin gives to a class under the decorator: so it has `bind` and the rest."""

@@ -24,6 +24,7 @@ from millstream.deployment import Application, Deployment, Node, compile_graph, 
 from millstream.errors import BrokerUnavailableError, ConfigError, DeployFailedError
 from millstream.handles import context, engines
 from millstream.handles.context import Request
+from millstream.handles.generics import T
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
@@ -74,14 +75,14 @@ def start(*, local: bool | None = None) -> None:
 
 
 def run(
-    target: Application,
+    target: Application[T],
     *,
     name: str = "default",
     blocking: bool = False,
     timeout_s: float | None = None,
     local: bool | None = None,
     _local_testing_mode: bool = False,
-) -> SyncHandle:
+) -> SyncHandle[T]:
     """Deploy an application and wait until it serves; the handle of its ingress.
 
     Starts what is missing (embedded server, launcher, autoscaler); that ends with this process. `blocking` waits for

@@ -6,9 +6,9 @@ The decorator and what it makes of a function. How calls are put together is in 
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Collection, Coroutine
 from dataclasses import replace
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeAlias, TypeVar, overload
 
 from millstream.broker.definitions import importable
 from millstream.errors import ConfigError
@@ -16,8 +16,13 @@ from millstream.replicas.batch_calls import Batching, Limits, Single, Stream
 from millstream.replicas.batch_queue import Queue, limits_of, queue_of
 from millstream.replicas.belongings import keep_with
 
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+_Lists: TypeAlias = Callable[..., Coroutine[Any, Any, Collection[R]]]
+_Generator: TypeAlias = Callable[..., AsyncIterable[Collection[R]]]
 
-class Batched(functools.partial[Any]):
+
+class Batched(functools.partial[Any], Generic[R_co]):
     """A function under `serve.batch`: called with one value, it answers what the function returned for that value.
 
     On an instance it is a method. A partial, because that is what `inspect` looks through: whoever asks whether this is
@@ -25,6 +30,10 @@ class Batched(functools.partial[Any]):
     """
 
     __name__: str  # of the function, as its other names and its docstring
+
+    if TYPE_CHECKING:  # with a value for each list; that cannot be said of any number of them
+
+        def __call__(self, /, *args: Any, **kwargs: Any) -> R_co: ...
 
     def __get__(self, instance: Any, owner: type | None = None) -> Self:
         batching: Batching = self.args[0]
@@ -63,7 +72,7 @@ class Batched(functools.partial[Any]):
         return name if name is not None and importable(self) is not None else super().__reduce__()
 
 
-class BatchedGenerator(Batched):
+class BatchedGenerator(Batched[R_co]):
     """As `Batched`, of an async generator function: a call gives an async generator."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +107,17 @@ def _put(kind: Any, batching: Batching, instance: Any, /, *args: Any, **kwargs: 
     return queue, call
 
 
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, function: _Lists[R], /) -> Batched[Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(self, function: _Generator[R], /) -> Batched[AsyncGenerator[R, None]]: ...
+
+
 @overload
-def batch(_func: Callable[..., Any], /) -> Batched: ...
+def batch(_func: _Lists[R], /) -> Batched[Coroutine[Any, Any, R]]: ...
+@overload
+def batch(_func: _Generator[R], /) -> Batched[AsyncGenerator[R, None]]: ...
 @overload
 def batch(
     _func: None = None,
@@ -108,7 +126,7 @@ def batch(
     batch_wait_timeout_s: float = 0.01,
     max_concurrent_batches: int = 1,
     batch_size_fn: Callable[[list[Any]], float] | None = None,
-) -> Callable[[Callable[..., Any]], Batched]: ...
+) -> _Decorator: ...
 def batch(
     _func: Callable[..., Any] | None = None,
     /,
@@ -144,8 +162,9 @@ def batch(
     if batch_size_fn is not None and not callable(batch_size_fn):
         raise TypeError(f"batch_size_fn={batch_size_fn!r} must be a function of a list of items")
 
-    def decorate(function: Callable[..., Any]) -> Batched:
+    def decorate(function: Callable[..., Any]) -> Batched[Any]:
         batching = Batching(_checked_function(function), limits, max_concurrent_batches, batch_size_fn)
+        made: Batched[Any]
         made = BatchedGenerator(_items, batching, None) if batching.is_generator else Batched(_answer, batching, None)
         functools.update_wrapper(made, function)
         return made

@@ -7,7 +7,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Coroutine
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from millstream.errors import ConfigError
 from millstream.handles.context import Request, current
@@ -17,6 +17,7 @@ UNLIMITED = -1
 log = logging.getLogger("millstream.replica")
 
 _Loader = Callable[..., Coroutine[Any, Any, Any]]
+F = TypeVar("F", bound=_Loader)
 
 
 def get_multiplexed_model_id() -> str:
@@ -29,9 +30,9 @@ def get_multiplexed_model_id() -> str:
 
 
 @overload
-def multiplexed(func: _Loader, /) -> _Loader: ...
+def multiplexed(func: F, /) -> F: ...
 @overload
-def multiplexed(func: None = None, /, max_num_models_per_replica: int = 3) -> Callable[[_Loader], _Loader]: ...
+def multiplexed(func: None = None, /, max_num_models_per_replica: int = 3) -> Callable[[F], F]: ...
 def multiplexed(func: _Loader | None = None, /, max_num_models_per_replica: int = 3) -> Any:
     """Keep the models that an async loader returns, so many per replica (-1: all of them). Bare or with the option.
 

@@ -171,7 +171,7 @@ def test_arguments_that_do_not_fit_the_constructor_are_refused_at_bind(args: Any
 def test_function_is_bound_without_arguments() -> None:
     assert names(function.bind()) == ["function"]
     with pytest.raises(TypeError, match="is a function: bind\\(\\) takes no arguments"):
-        function.bind(3)
+        function.bind(3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -80,7 +81,7 @@ def test_model_gets_the_words(serve_local: ServeLocal) -> None:
 
 def test_ingress_without_its_model(serve_local: ServeLocal) -> None:
     rate = mock.AsyncMock(return_value=0.9)
-    fake = serve.deployment(name="Rate")(rate)
+    fake: serve.Deployment[Any] = serve.deployment(name="Rate")(rate)
 
     assert serve_local(Reviews.bind(Clean.bind(), fake.bind())).call("Nice.") == 0.9
 

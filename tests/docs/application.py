@@ -40,4 +40,4 @@ class Front:
         return len(self._handles)
 
 
-app = Front.bind(Gate.bind(), Crash.bind(), Echo.bind())  # type: ignore[attr-defined]
+app = Front.bind(Gate.bind(), Crash.bind(), Echo.bind())

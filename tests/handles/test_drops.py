@@ -215,7 +215,7 @@ async def test_cancelled_request_leaves_nothing_when_its_ref_is_gone(serving: Se
 
 
 async def test_value_can_be_read_again_from_the_ref_whatever_was_deleted(serving: Serving, redis: Control) -> None:
-    ref = await serving(Model).echo.remote([1])
+    ref = await serving(Ledger).remote([1])
 
     assert await ref == [1]
     await passes(redis)

@@ -1,8 +1,5 @@
 """Real kills: of a replica in mid-request, of the launcher, of the autoscaler, of the owner, of a caller, of the server."""
 
-# mypy: disable-error-code="attr-defined"
-# (mypy does not apply what a class decorator returns: https://github.com/python/mypy/issues/3135)
-
 import os
 import signal
 import sys

@@ -50,7 +50,7 @@ def test_graph_runs_on_when_its_submitter_is_killed(
         serve.run(Worker.bind(str(ledger)), name=name)
     submitter = script(SUBMITTER.format(environment=engines.settings().to_environment(), go=str(go)))
     assert submitter.stdout is not None
-    last, inside = map(ObjectRef.from_id, submitter.stdout.readline().split())
+    last, inside = [ObjectRef.from_id(ref_id) for ref_id in submitter.stdout.readline().split()]
     wait_for(lambda: "slow" in names(ledger))
     assert last.status() == State.PARKED
 

@@ -1,8 +1,5 @@
 """serve.run and what it owns: real processes, a real server, through the public API only."""
 
-# mypy: disable-error-code="attr-defined"
-# (mypy does not apply what a class decorator returns: https://github.com/python/mypy/issues/3135)
-
 import asyncio
 import os
 import threading
@@ -119,7 +116,7 @@ def test_a_mended_application_can_be_deployed_after_a_failure() -> None:
 
 def test_an_unpicklable_constructor_argument_is_named() -> None:
     with pytest.raises(SerializationError, match="args"):
-        serve.run(Adder.bind(threading.Lock()))
+        serve.run(Adder.bind(threading.Lock()))  # type: ignore[arg-type]
 
 
 def test_bad_arguments_are_refused_before_anything_starts() -> None:
