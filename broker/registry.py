@@ -89,13 +89,10 @@ class Registry:
         return done == 1
 
     async def _store(self, tag: str, revision: str, new: NewDeployment) -> None:
-        keys, config = self.keys_of(tag), new.config
+        keys, configured = self.keys_of(tag), new.config.user_config is not None
         await run(self.client, scripts.groups(keys))
-        call = scripts.deploy(
-            keys, revision, new.code, config.to_json(), config.max_attempts, int(config.result_ttl_s), new.definition,
-            configured=config.user_config is not None,
-        )  # fmt: skip
-        await run(self.client, call)
+        fields = _config_fields(new.config)
+        await run(self.client, scripts.deploy(keys, revision, new.code, fields, new.definition, configured=configured))
 
     async def retire(self) -> None:
         """One pass over the deployments that have left their applications: those that nobody needs go. Waits for nothing."""
@@ -194,11 +191,8 @@ class Registry:
 
         Whoever waits for the deploy learns of it. Replicas that have taken it over already are told to go back.
         """
-        config = back_to.config
-        call = scripts.withdraw(
-            self.keys_of(tag), revision, back_to.revision, config.to_json(), config.max_attempts,
-            int(config.result_ttl_s), message, traceback,
-        )  # fmt: skip
+        fields = _config_fields(back_to.config)
+        call = scripts.withdraw(self.keys_of(tag), revision, back_to.revision, fields, message, traceback)
         answer = await run(self.client, call)
         if answer is scripts.Withdrawn.WITHDRAWN:
             await self.announce(f"withdrew revision {revision} of {tag}")
@@ -322,6 +316,15 @@ class Registry:
         """The server's clock."""
         seconds, micros = await self.client.time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _config_fields(config: DeploymentConfig) -> dict[str, str]:
+    """What scripts read of it, each in a field of its own, and the whole."""
+    return {
+        "config": config.to_json(),
+        "max_attempts": str(config.max_attempts),
+        "result_ttl_s": str(int(config.result_ttl_s)),
+    }
 
 
 async def connect_registry(client: Control, settings: Settings, *, only_look: bool = False) -> Registry:

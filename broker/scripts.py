@@ -273,30 +273,31 @@ def backlog(keys: DeploymentKeys) -> Call[Backlog]:
 
 
 def deploy(
-    keys: DeploymentKeys, revision: str, code: str, config: str, max_attempts: int, ttl_s: int, definition: bytes,
-    *, configured: bool,
-) -> Call[str]:  # fmt: skip
-    """Answers the version: the former one where the replicas can stay, else `revision`."""
-    arguments = (revision, code, "configured" if configured else "", config, max_attempts, ttl_s, definition)
+    keys: DeploymentKeys, revision: str, code: str, fields: dict[str, str], definition: bytes, *, configured: bool
+) -> Call[str]:
+    """`fields` of the config hash. Answers the version: the former one where the replicas can stay, else `revision`."""
+    arguments = (revision, code, "configured" if configured else "", definition, *_flat(fields))
     return Call(script("deploy"), (keys.config, keys.status, keys.definition), arguments, bytes.decode)
 
 
 def withdraw(
-    keys: DeploymentKeys, revision: str, back_to: str, config: str, max_attempts: int, ttl_s: int,
-    message: str, traceback: str,
-) -> Call[Withdrawn]:  # fmt: skip
+    keys: DeploymentKeys, revision: str, back_to: str, fields: dict[str, str], message: str, traceback: str
+) -> Call[Withdrawn]:
     return Call(
         script("withdraw"),
         (keys.config, keys.status),
-        (revision, back_to, config, max_attempts, ttl_s, message, traceback),
+        (revision, back_to, message, traceback, *_flat(fields)),
         lambda reply: Withdrawn(reply.decode()),
     )
 
 
+def _flat(fields: dict[str, Any]) -> list[Any]:
+    return [part for item in fields.items() for part in item]
+
+
 def note(keys: DeploymentKeys, revision: str, fields: dict[str, str]) -> Call[int]:
     """Writes to the deployment's status; answers 0 if it is gone, or of another revision ("": any will do)."""
-    flat = [part for item in fields.items() for part in item]
-    return Call(script("note"), (keys.config, keys.status), (revision, *flat), int)
+    return Call(script("note"), (keys.config, keys.status), (revision, *_flat(fields)), int)
 
 
 def close(keys: DeploymentKeys, revision: str) -> Call[int]:
@@ -315,10 +316,8 @@ def enlist(key: str, name: str, record: str, *, only_if_new: bool = False) -> Ca
 
 def decide(keys: DeploymentKeys, fence: int, target: int, reason: str, record: dict[str, Any]) -> Call[str]:
     """Answers "decided", "fenced" or "gone"."""
-    fields = [part for item in record.items() for part in item]
-    return Call(
-        script("decide"), (keys.status, keys.scaling, keys.config), (fence, target, reason, *fields), bytes.decode
-    )
+    arguments = (fence, target, reason, *_flat(record))
+    return Call(script("decide"), (keys.status, keys.scaling, keys.config), arguments, bytes.decode)
 
 
 def lead(keys: Keys, autoscaler: str, ttl_s: float) -> Call[int]:

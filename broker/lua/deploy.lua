@@ -3,15 +3,14 @@
 -- they run. Twice is as once.
 -- KEYS  1 config  2 status  3 definition
 -- ARGV  1 revision (a new one)  2 code ("" if unknown)  3 "configured" (there is a user_config) | ""
---       4 config as JSON  5 max_attempts  6 result_ttl_s  7 definition
+--       4 definition   then name, value, ... of what else is in the config
 -- reply the version; replicas of another one are replaced
 local version, revision, code, configured = unpack(redis.call('HMGET', KEYS[1], 'version', 'revision', 'code', 'configured'))
 local cannot_start = revision and redis.call('HGET', KEYS[2], 'failed_revision') == revision
 local must_forget = configured == 'configured' and ARGV[3] == '' -- an object cannot be told to have no user_config
 if code ~= ARGV[2] or code == '' or cannot_start or must_forget then version = ARGV[1] end
-redis.call('SET', KEYS[3], ARGV[7])
-redis.call('HSET', KEYS[1], 'version', version, 'revision', ARGV[1], 'code', ARGV[2], 'configured', ARGV[3],
-  'config', ARGV[4], 'max_attempts', ARGV[5], 'result_ttl_s', ARGV[6])
+redis.call('SET', KEYS[3], ARGV[4])
+redis.call('HSET', KEYS[1], 'version', version, 'revision', ARGV[1], 'code', ARGV[2], 'configured', ARGV[3], unpack(ARGV, 5))
 redis.call('HDEL', KEYS[2], 'state', 'message', 'traceback', 'failed_revision',
   'refused_revision', 'refused_message', 'refused_traceback', 'last_death')
 -- Decided anew: this config may want replicas from the start.

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
 -- withdraw: take back a config that a running replica could not take over, and put back the one that it works by.
 -- KEYS  1 config  2 status
--- ARGV  1 revision  2 the one to go back to  3 its config as JSON  4 max_attempts  5 result_ttl_s  6 message  7 traceback
+-- ARGV  1 revision  2 the one to go back to  3 message  4 traceback   then name, value, ... of what was in its config
 -- reply "withdrawn" | "superseded" (another one is in force) | "spent" (that one was withdrawn as well: no way back)
 if redis.call('HGET', KEYS[1], 'revision') ~= ARGV[1] then return 'superseded' end
 if redis.call('HGET', KEYS[2], 'refused_revision') == ARGV[2] then return 'spent' end
-redis.call('HSET', KEYS[1], 'revision', ARGV[2], 'config', ARGV[3], 'max_attempts', ARGV[4], 'result_ttl_s', ARGV[5])
-redis.call('HSET', KEYS[2], 'refused_revision', ARGV[1], 'refused_message', ARGV[6], 'refused_traceback', ARGV[7])
+redis.call('HSET', KEYS[1], 'revision', ARGV[2], unpack(ARGV, 5))
+redis.call('HSET', KEYS[2], 'refused_revision', ARGV[1], 'refused_message', ARGV[3], 'refused_traceback', ARGV[4])
 redis.call('HDEL', KEYS[2], 'state', 'message', 'traceback', 'failed_revision')
 return 'withdrawn'

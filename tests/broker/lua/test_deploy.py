@@ -18,13 +18,13 @@ ALL = Keys("ms")
 async def deploy(
     redis: Control, keys: DeploymentKeys, revision: str, code: str = "code", *, configured: bool = False
 ) -> str:
-    call = scripts.deploy(keys, revision, code, f"config {revision}", 3, 60, b"defined", configured=configured)
-    return await run(redis, call)
+    fields = {"config": f"config {revision}", "max_attempts": "3", "result_ttl_s": "60"}
+    return await run(redis, scripts.deploy(keys, revision, code, fields, b"defined", configured=configured))
 
 
 async def withdraw(redis: Control, keys: DeploymentKeys, revision: str, back_to: str) -> Withdrawn:
-    call = scripts.withdraw(keys, revision, back_to, f"config {back_to}", 7, 70, "it raised", "Traceback ...")
-    return await run(redis, call)
+    fields = {"config": f"config {back_to}", "max_attempts": "7", "result_ttl_s": "70"}
+    return await run(redis, scripts.withdraw(keys, revision, back_to, fields, "it raised", "Traceback ..."))
 
 
 async def fields(redis: Control, key: str) -> dict[str, str]:
