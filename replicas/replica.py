@@ -132,7 +132,7 @@ class Replica:
     def _make_updater(self, served: Served, intake: Intake, finisher: Finisher) -> Updater:
         async def apply(current: Current) -> None:
             intake.resize(served.max_ongoing(current.config))
-            finisher._ttl_s = int(current.config.result_ttl_s)
+            finisher._ttl_s = int(current.config.result_ttl_s)  # from the next outcome on
             self._record = replace(self._record, revision=current.revision)
             delays = backoff()
             while True:  # whoever waits for the deploy waits for this record
@@ -143,7 +143,7 @@ class Replica:
                     await asyncio.sleep(next(delays))
 
         started_with = Current(self._birth.version, self._birth.revision, self._birth.config)
-        return Updater(started_with, served.hooks, apply, self._control.send)
+        return Updater(started_with, served.hooks, apply, self._control.send, self._stop.set)
 
     # serving
 
