@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -38,6 +38,7 @@ from millstream.replicas.starts import START_FAILURES, Release, Starts
 TICK_S = 1.0  # a lost wake-up costs at most this
 MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
 log = logging.getLogger("millstream.launcher")
+T = TypeVar("T")
 
 
 class Launcher:
@@ -254,7 +255,7 @@ class Launcher:
         process.watch(self._died)
 
     async def _cannot_import(self, tag: str, version: str, error: WarmFailed) -> None:
-        current = await self._registry.current(tag)
+        current = await self._for_sure(lambda: self._registry.current(tag))
         if current is not None and current.version == version:
             await self._give_up(Release(tag, version, current.revision), str(error), error.traceback)
 
@@ -263,12 +264,12 @@ class Launcher:
         tag, version, revision = release
         log.error("%s cannot start: %s\n%s", tag, message, traceback)
         self._starts.give_up(release)
-        for process in self._replicas.values():
-            of_before = process.tag == tag and process.version == version and process.works_by.revision != revision
-            if of_before and process.is_ready and not process.is_spent:
-                await self._registry.withdraw(tag, revision, process.works_by, message, traceback)
-                return
-        await self._registry.fail(tag, revision, message, traceback)
+        siblings = [p for p in self._replicas.values() if (p.tag, p.version) == (tag, version) and p.is_ready]
+        of_before = [p.works_by for p in siblings if p.works_by.revision != revision and not p.is_spent]
+        if of_before:
+            await self._for_sure(lambda: self._registry.withdraw(tag, revision, of_before[0], message, traceback))
+        else:
+            await self._for_sure(lambda: self._registry.fail(tag, revision, message, traceback))
 
     # what replicas say, and their end
 
@@ -289,17 +290,20 @@ class Launcher:
         """A replica could not take its new config over: the one that it works by is in force again."""
         text = f"replica {process.replica}: {said['message']}"
         log.error("%s did not take its new config over: %s\n%s", process.tag, text, said["traceback"])
+        answer = await self._for_sure(
+            lambda: self._registry.withdraw(process.tag, said["refused"], process.works_by, text, said["traceback"])
+        )
+        process.is_spent = answer is scripts.Withdrawn.SPENT
+        self._nudge.set()
+
+    async def _for_sure(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something that may be done twice, however long the server is away."""
         delays = backoff()
         while True:
             try:
-                answer = await self._registry.withdraw(
-                    process.tag, said["refused"], process.works_by, text, said["traceback"]
-                )
-                break
+                return await work()
             except DOWN:
                 await anyio.sleep(next(delays))
-        process.is_spent = answer is scripts.Withdrawn.SPENT or not said["restored"]
-        self._nudge.set()
 
     def _died(self, process: ReplicaProcess) -> None:
         self._replicas.pop(process.replica, None)
@@ -310,16 +314,12 @@ class Launcher:
         how = process.condemned or how
         is_in_order = process.is_draining or how == "exited"  # it drains by itself when it first hears of a removal
         keys = self._registry.keys_of(process.tag)
-        delays = backoff()
-        while True:
-            try:
-                requeued = await bury(self._run, self._ask, self._supplier, keys, process.replica, how, expired=False)
-                if not is_in_order:
-                    cause = process.failure[0] if process.failure else how
-                    await self._registry.note_death(process.tag, process.replica, cause)
-                break
-            except DOWN:
-                await anyio.sleep(next(delays))
+        requeued = await self._for_sure(
+            lambda: bury(self._run, self._ask, self._supplier, keys, process.replica, how, expired=False)
+        )
+        if not is_in_order:
+            cause = process.failure[0] if process.failure else how
+            await self._for_sure(lambda: self._registry.note_death(process.tag, process.replica, cause))
         if requeued or (process.is_ready and not is_in_order):
             also = f"; {requeued} requests go to others" if requeued else ""
             log.warning("replica %s of %s (pid %d) %s%s", process.replica, process.tag, process.pid, how, also)

@@ -127,7 +127,7 @@ class ReplicaProcess:
         self.heading = started_with.revision  # of the config that it was told last
         self._told: dict[str, Current] = {}  # by revision, until it answers
         self.stuck_at = ""  # a revision that it cannot come to: its requests do not end
-        self.is_spent = False  # its object is not what any config says: it takes nothing, and must be replaced
+        self.is_spent = False  # the config that it works by was withdrawn, and it cannot take over the one before
         self.is_ready = False
         self.is_draining = False
         self.ongoing = 0

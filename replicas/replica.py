@@ -179,7 +179,7 @@ class Replica:
                     await asyncio.sleep(next(delays))
 
         started_with = Current(self._birth.version, self._birth.revision, self._birth.config)
-        return Updater(started_with, served.hooks, apply, self._control.send)
+        return Updater(started_with, served.hooks, apply, self._control.send, self._stop.set)
 
     # serving
 

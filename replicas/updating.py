@@ -14,6 +14,7 @@ from millstream.replicas.execution import Executor
 from millstream.replicas.hooks import Hooks
 from millstream.replicas.intake import Intake
 
+TO_WAKE_S = 1.0  # an idle replica reads from the server: that takes a moment to end, however little patience there is
 NUDGE_S = 0.05  # between two attempts to wake a read: the first one may come before the read has begun
 log = logging.getLogger("millstream.replica")
 
@@ -27,7 +28,7 @@ class Updater:
 
     If `reconfigure` raises, the object gets its former user_config by another call, the replica goes on with that, and
     says that it refused. Where that is impossible (it raises, too, or there was none before), the object may be half of
-    one and half of the other: the replica takes nothing more, and its launcher replaces it. No request is lost.
+    one and half of the other: the replica takes nothing more and leaves, and another one starts. No request is lost.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Updater:
         hooks: Hooks,
         apply: Callable[[Current], Awaitable[None]],
         say: Callable[[dict[str, Any]], Awaitable[None]],
+        leave: Callable[[], None],
     ) -> None:
         self.current = self._newest = current
-        self._hooks, self._apply, self._say = hooks, apply, say
+        self._hooks, self._apply, self._say, self._leave = hooks, apply, say, leave
         self._is_told = asyncio.Event()
         self._is_broken = False
         self.is_busy = False
@@ -67,6 +69,7 @@ class Updater:
                 intake.is_paused = self._is_broken
                 executor.slot_freed.set()
                 self.is_busy = False
+        self._leave()
 
     def _changes_the_object(self) -> bool:
         return bool(self._newest.config.user_config != self.config.user_config)
@@ -76,7 +79,7 @@ class Updater:
         intake.is_paused = True
         executor.slot_freed.set()
         try:
-            async with asyncio.timeout(self.config.graceful_shutdown_timeout_s):
+            async with asyncio.timeout(max(TO_WAKE_S, self.config.graceful_shutdown_timeout_s)):
                 while not intake.is_quiet and not intake.is_draining:
                     executor.slot_freed.clear()
                     with suppress(BrokerUnavailableError):  # then nothing is being read
@@ -100,8 +103,7 @@ class Updater:
             has_former = self.config.user_config is not None
             self._is_broken = not has_former or await self._hand_over(self.config.user_config) is not None
             text = f"its reconfigure(user_config) raised {type(error).__name__}: {error}"
-            refusal = {"refused": newest.revision, "message": text, "traceback": user_traceback(error)}
-            await self._say({**refusal, "restored": not self._is_broken})
+            await self._say({"refused": newest.revision, "message": text, "traceback": user_traceback(error)})
             return
         intake.is_paused = False
         await self._settle(newest)

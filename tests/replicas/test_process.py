@@ -59,9 +59,7 @@ async def test_answer_to_the_last_config_stands_for_those_that_were_skipped(proc
     assert not process.is_updating and process.works_by == config("c2")
 
 
-@pytest.mark.parametrize(
-    "answer", [{"refused": "c1", "message": "", "traceback": "", "restored": True}, {"stuck": "c1"}]
-)
+@pytest.mark.parametrize("answer", [{"refused": "c1", "message": "", "traceback": ""}, {"stuck": "c1"}])
 async def test_replica_that_did_not_take_it_over_is_not_told_the_same_again(
     process: ReplicaProcess, answer: dict[str, Any]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from millstream.broker.connection import Control
+from millstream.broker.registry import Registry
 from millstream.config import DeploymentConfig
 from tests.helpers import read_states, wait_until
 from tests.replica_helpers import GRACE_S, Gate, Hosted, Stage, cut
@@ -218,6 +219,14 @@ async def test_config_that_went_back_while_it_waited_is_not_handed_over(stage: S
     assert await stage.handle.history.call() == [0]
 
 
+async def test_idle_replica_is_given_the_time_to_stop_reading(stage: Stage) -> None:
+    replica = await stage.start(Model, graceful_shutdown_timeout_s=0)
+
+    await tell(replica, "c1", user_config=1)
+
+    await settled(replica, "c1")
+
+
 # what goes wrong
 
 
@@ -227,7 +236,7 @@ async def test_refused_config_leaves_the_former_one_in_force(stage: Stage, redis
     await tell(replica, "c1", user_config="bad")
     said = await replica.hears("refused")
 
-    assert (said["refused"], said["restored"]) == ("c1", True)
+    assert said["refused"] == "c1"
     assert said["message"] == "its reconfigure(user_config) raised ValueError: no such config"
     assert 'raise ValueError("no such config")' in said["traceback"]
     assert await stage.handle.call() == "good"
@@ -235,19 +244,21 @@ async def test_refused_config_leaves_the_former_one_in_force(stage: Stage, redis
     assert (await record_of(stage, redis, replica))["revision"] == ""
 
 
-async def test_replica_that_cannot_go_back_takes_nothing_more(stage: Stage, redis: Control) -> None:
-    replica = await stage.start(Model)  # it had no user_config
+async def test_replica_that_cannot_go_back_takes_nothing_more_and_leaves(stage: Stage, redis: Control) -> None:
+    way = Gate()
+    replica = await stage.start(Model, None, way)  # it had no user_config
 
     await tell(replica, "c1", user_config="bad")
-    assert (await replica.hears("refused"))["restored"] is False
-    late = await stage.submit(redis, *range(3))
-    await tell(replica, "c2", user_config="good")
+    await wait_until(lambda: way.inside == 1)
+    late = await stage.submit(redis, *range(3), method="history")
+    way.open()
 
-    assert await replica.drain() == 0
+    assert await replica.end() == 0
+    assert [message["refused"] for message in replica.heard if "refused" in message] == ["c1"]
     assert await read_states(redis, stage.keys, late) == ["queued"] * 3
-    await stage.start(Model)
-    for ref in late:
-        await wait_until(lambda ref=ref: _has_ended(stage, redis, ref))
+    await stage.drain()
+    await redis.delete(stage.keys.config)
+    await Registry(redis, stage.settings)._removal.finish([stage.keys])
 
 
 async def test_user_config_without_a_method_for_it_is_refused(stage: Stage) -> None:
@@ -263,7 +274,7 @@ async def test_user_config_without_a_method_for_it_is_refused(stage: Stage) -> N
 
 async def test_request_that_does_not_end_in_time_is_not_waited_for(stage: Stage) -> None:
     gate = Gate()
-    replica = await stage.start(Model, gate, graceful_shutdown_timeout_s=0.1)
+    replica = await stage.start(Model, gate, graceful_shutdown_timeout_s=0)
     running = stage.handle.held.call("x")
     await wait_until(lambda: gate.inside == 1)
 
