@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NoReturn, Self
 
@@ -89,6 +88,11 @@ class _Handle:
     def _new_ref(self, engine: Engine, route: Route) -> bytes:
         key = self._options.idempotency_key
         return engine.new_ref() if key is None else route.codec.ref_of_key(key)
+
+    def _of_item(self, number: int) -> Self:
+        """For one item of a map: with one key for all of them, they would all be the first one."""
+        key = self._options.idempotency_key
+        return self if key is None else self.options(idempotency_key=f"{key}[{number}]")
 
     def _submit(
         self,
@@ -234,19 +238,7 @@ class DeploymentHandle(_Handle):
         handle._send(engine, route, cell, args, kwargs)
         return AsyncStream(cell)
 
-    def map(
-        self,
-        iterable: Iterable[Any] | AsyncIterable[Any],
-        *,
-        max_in_flight: int = 1000,
-        ordered: bool = True,
-        progress: bool = False,
-    ) -> AsyncIterator[Any]:
-        """An async iterator of the values of one call per item, at most `max_in_flight` of them under way.
-
-        In the order of the items, or as they complete. The first error is raised in its place and ends the iteration.
-        """
-        return mapping.map_async(self.call, iterable, max_in_flight, ordered=ordered, progress=progress)
+    map, starmap = mapping.async_map, mapping.async_starmap
 
     def _send(
         self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
@@ -323,19 +315,7 @@ class SyncHandle(_Handle):
         handle._send(background, cell, args, kwargs)
         return Stream(cell)
 
-    def map(
-        self, iterable: Iterable[Any], *, max_in_flight: int = 1000, ordered: bool = True, progress: bool = False
-    ) -> Iterator[Any]:
-        """An iterator of the values of one call per item, at most `max_in_flight` of them under way.
-
-        In the order of the items, or as they complete. The first error is raised in its place and ends the iteration.
-        """
-        engines.warn_if_on_a_loop(f"{type(self).__name__}.map()", "`async for` with a DeploymentHandle's map()")
-
-        def send(item: Any) -> Cell:
-            return self._call_cell((item,), {}, snapshot=True)
-
-        return mapping.map_sync(send, iterable, max_in_flight, ordered=ordered, progress=progress)
+    map, starmap = mapping.sync_map, mapping.sync_starmap
 
     def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell:
         background, engine, route = self._route_there()
