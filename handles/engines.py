@@ -170,12 +170,15 @@ def close_all() -> None:
         background.close()
 
 
-def warn_if_on_a_loop(what: str, instead: str) -> None:
-    """Say once per place that a blocking call on a running loop stops that loop, and what to write instead."""
+def warn_if_on_a_loop(what: str, instead: str, depth: int = 3) -> None:
+    """Say once per place that a blocking call on a running loop stops that loop, and what to write instead.
+
+    The warning is that of the line which is so many calls above.
+    """
     if running_loop() is not None and what not in _warned:
         _warned.add(what)
         warnings.warn(
-            f"{what} blocks the running event loop until it returns; write {instead}", RuntimeWarning, stacklevel=3
+            f"{what} blocks the running event loop until it returns; write {instead}", RuntimeWarning, stacklevel=depth
         )
 
 

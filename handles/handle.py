@@ -15,7 +15,7 @@ from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co, Yields
-from millstream.handles.mapping import How, Many
+from millstream.handles.mapping import Choices, Many
 from millstream.handles.options import HandleOptions, checked, with_extra
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Request, Route
@@ -98,6 +98,11 @@ class _Handle:
     def _new_ref(self, engine: Engine, route: Route) -> bytes:
         key = self._options.idempotency_key
         return engine.new_ref() if key is None else route.codec.ref_of_key(key)
+
+    def _of_item(self, number: int) -> Self:
+        """For one item of a map: with one key for all of them, they would all be the first one."""
+        key = self._options.idempotency_key
+        return self if key is None else self.options(idempotency_key=f"{key}[{number}]")
 
     def _submit(
         self,
@@ -222,22 +227,16 @@ class DeploymentHandle(_Handle, Generic[T_co]):
         return AsyncStream(cell)
 
     @overload
-    def map(self: "DeploymentHandle[Async1[A, R]]", iterable: Many[A], **how: Unpack[How]) -> AsyncIterator[R]: ...
+    def map(self: "DeploymentHandle[Async1[A, R]]", iterable: Many[A], **how: Unpack[Choices]) -> AsyncIterator[R]: ...
     @overload
-    def map(self: "DeploymentHandle[Plain1[A, R]]", iterable: Many[A], **how: Unpack[How]) -> AsyncIterator[R]: ...
+    def map(self: "DeploymentHandle[Plain1[A, R]]", iterable: Many[A], **how: Unpack[Choices]) -> AsyncIterator[R]: ...
     def map(
-        self: "DeploymentHandle[Any]",
-        iterable: Iterable[Any] | AsyncIterable[Any],
-        *,
-        max_in_flight: int = 1000,
-        ordered: bool = True,
-        progress: bool = False,
+        self: "DeploymentHandle[Any]", iterable: Iterable[Any] | AsyncIterable[Any], **how: Unpack[Choices]
     ) -> AsyncIterator[Any]:
-        """An async iterator of the values of one call per item, at most `max_in_flight` of them under way.
+        """As `mapping.async_map` says: an async iterator of the values of one call per item."""
+        return mapping.async_map(self, iterable, **how)
 
-        In the order of the items, or as they complete. The first error is raised in its place and ends the iteration.
-        """
-        return mapping.map_async(self.call, iterable, max_in_flight, ordered=ordered, progress=progress)
+    starmap = mapping.async_starmap
 
     def _send(
         self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
@@ -333,22 +332,18 @@ class SyncHandle(_Handle, Generic[T_co]):
         return Stream(cell)
 
     @overload
-    def map(self: "SyncHandle[Async1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[How]) -> Iterator[R]: ...
-    @overload
-    def map(self: "SyncHandle[Plain1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[How]) -> Iterator[R]: ...
     def map(
-        self, iterable: Iterable[Any], *, max_in_flight: int = 1000, ordered: bool = True, progress: bool = False
-    ) -> Iterator[Any]:
-        """An iterator of the values of one call per item, at most `max_in_flight` of them under way.
+        self: "SyncHandle[Async1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[Choices]
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self: "SyncHandle[Plain1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[Choices]
+    ) -> Iterator[R]: ...
+    def map(self: "SyncHandle[Any]", iterable: Iterable[Any], **how: Unpack[Choices]) -> Iterator[Any]:
+        """As `mapping.sync_map` says: an iterator of the values of one call per item."""
+        return mapping.sync_map(self, iterable, **how)
 
-        In the order of the items, or as they complete. The first error is raised in its place and ends the iteration.
-        """
-        engines.warn_if_on_a_loop(f"{type(self).__name__}.map()", "`async for` with a DeploymentHandle's map()")
-
-        def send(item: Any) -> Cell:
-            return self._call_cell((item,), {}, snapshot=True)
-
-        return mapping.map_sync(send, iterable, max_in_flight, ordered=ordered, progress=progress)
+    starmap = mapping.sync_starmap
 
     def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell:
         background, engine, route = self._route_there()

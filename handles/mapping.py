@@ -1,131 +1,355 @@
-"""`handle.map`: many requests, pipelined, a bounded number in flight, in order or as they complete."""
+"""`map` and `starmap` of both handles: many requests, pipelined, a bounded number in flight, in order or as they complete.
+
+A request is sent when the consumer asks for a value, and never more than so many ahead of it. What is in flight when the
+consumer stops asking goes on; its results are dropped. Errors come in their place: that of a request, that of an item
+which cannot be sent, and that of the items themselves, which ends the iteration.
+"""
 
 import asyncio
 import queue
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias, TypedDict
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
-from millstream.errors import ConfigError
+from millstream.broker.outcomes import same_kind
+from millstream.errors import ConfigError, PayloadTooLargeError, SerializationError, TaskError
+from millstream.handles import engines
 from millstream.handles.arguments import Argument
 from millstream.handles.cell import Cell
 from millstream.handles.generics import A
 
-Send = Callable[[Any], Cell]
+Send = Callable[[int, Any], Cell]  # number of the item, item
+Call = Callable[[int, Any], "asyncio.Future[Any]"]
+_CANNOT_BE_SENT = (SerializationError, PayloadTooLargeError)
+
+
 Many: TypeAlias = Iterable[Argument[A]] | AsyncIterable[Argument[A]]
 
 
-class How(TypedDict, total=False):
-    """How `map` goes about it: its keywords, for the overloads."""
+class Choices(TypedDict, total=False):
+    """The keywords of `map`, for its overloads."""
 
     max_in_flight: int
     ordered: bool
     progress: bool
+    return_exceptions: bool
 
 
-def map_sync(send: Send, items: Iterable[Any], max_in_flight: int, *, ordered: bool, progress: bool) -> Iterator[Any]:
-    _check(max_in_flight)
-    values = _in_order(send, items, max_in_flight) if ordered else _as_completed(send, items, max_in_flight)
-    return _with_progress(values, items) if progress else values
+class How(NamedTuple):
+    """What the caller of `map` may choose."""
+
+    max_in_flight: int
+    ordered: bool
+    progress: bool
+    return_exceptions: bool
+
+    def check(self) -> None:
+        if not isinstance(self.max_in_flight, int) or self.max_in_flight < 1:
+            raise ConfigError(f"max_in_flight={self.max_in_flight!r} must be a whole number, 1 or more")
 
 
-def _in_order(send: Send, items: Iterable[Any], max_in_flight: int) -> Iterator[Any]:
-    in_flight: deque[Cell] = deque()
-    for item in items:
-        in_flight.append(send(item))
-        if len(in_flight) >= max_in_flight:
-            yield _value(in_flight.popleft())
-    while in_flight:
-        yield _value(in_flight.popleft())
+# for blocking callers
 
 
-def _as_completed(send: Send, items: Iterable[Any], max_in_flight: int) -> Iterator[Any]:
-    ended: queue.SimpleQueue[Cell] = queue.SimpleQueue()
-    count = 0
-    for item in items:
-        send(item).on_end(ended.put)
-        count += 1
-        if count >= max_in_flight:
-            yield ended.get().read()
-            count -= 1
-    for _ in range(count):
-        yield ended.get().read()
+class _Blocking(Protocol):
+    """A SyncHandle."""
+
+    def _of_item(self, number: int) -> "_Blocking": ...
+    def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell: ...
 
 
-def _value(cell: Cell) -> Any:
-    cell.wait(None)
-    return cell.read()
-
-
-def map_async(
-    call: Callable[[Any], asyncio.Future[Any]],
-    items: Iterable[Any] | AsyncIterable[Any],
-    max_in_flight: int,
+def sync_map(
+    self: _Blocking,
+    iterable: Iterable[Any],
     *,
-    ordered: bool,
-    progress: bool,
+    max_in_flight: int = 1000,
+    ordered: bool = True,
+    progress: bool = False,
+    return_exceptions: bool = False,
+) -> Iterator[Any]:
+    """An iterator of the values of one call per item, at most `max_in_flight` of them under way.
+
+    In the order of the items, or as they complete. Items are taken and sent when the next value is asked for. The
+    first error is raised in its place and ends the iteration; with `return_exceptions` errors are values. What is
+    under way when the iteration ends early goes on. An `idempotency_key` is completed by the number of the item.
+    """
+    how = How(max_in_flight, ordered, progress, return_exceptions)
+    return _map_sync(lambda n, item: self._of_item(n)._call_cell((item,), {}, snapshot=True), iterable, how)
+
+
+def sync_starmap(
+    self: _Blocking,
+    iterable: Iterable[Iterable[Any]],
+    *,
+    max_in_flight: int = 1000,
+    ordered: bool = True,
+    progress: bool = False,
+    return_exceptions: bool = False,
+) -> Iterator[Any]:
+    """As `map`; each item holds all the arguments of its call."""
+    how = How(max_in_flight, ordered, progress, return_exceptions)
+    return _map_sync(lambda n, item: self._of_item(n)._call_cell(tuple(item), {}, snapshot=True), iterable, how)
+
+
+def _map_sync(send: Send, items: Iterable[Any], how: How) -> Iterator[Any]:
+    how.check()
+    engines.warn_if_on_a_loop("SyncHandle.map()", "`async for` with a DeploymentHandle's map()", depth=4)
+    if isinstance(items, AsyncIterable):
+        raise TypeError(
+            f"a SyncHandle takes items that `for` can go through, and {type(items).__name__} needs `async for`; "
+            "use a DeploymentHandle's map(), or collect the items first"
+        )
+    source = _Source(send, iter(items))
+    values = (_in_order if how.ordered else _as_completed)(source, how)
+    return _with_progress(values, items) if how.progress else values
+
+
+class _Unsent:
+    """In place of the cell of an item that could not be sent."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self, timeout: float | None) -> bool:
+        return True
+
+    def read(self) -> Any:
+        raise self._error
+
+
+class _Source:
+    """Sends one item at a time. An error of the items themselves is kept for the end."""
+
+    def __init__(self, send: Send, items: Iterator[Any]) -> None:
+        self._send, self._items = send, items
+        self._count = 0
+        self._is_over = False
+        self._error: Exception | None = None
+
+    def send_next(self) -> Cell | _Unsent | None:
+        """None: there are no more."""
+        if self._is_over:
+            return None
+        number = self._count
+        try:
+            item = next(self._items)
+            self._count += 1
+            return self._send(number, item)
+        except _CANNOT_BE_SENT as e:
+            return _Unsent(_named(e, number))
+        except StopIteration:
+            self._is_over = True
+        except Exception as e:
+            self._is_over, self._error = True, e
+        return None
+
+    def finish(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _in_order(source: _Source, how: How) -> Iterator[Any]:
+    in_flight: deque[Cell | _Unsent] = deque()
+    number = 0
+    while True:
+        while len(in_flight) < how.max_in_flight and (one := source.send_next()) is not None:
+            in_flight.append(one)
+        if not in_flight:
+            break
+        yield _value(in_flight.popleft(), number, how)
+        number += 1
+    source.finish()
+
+
+def _as_completed(source: _Source, how: How) -> Iterator[Any]:
+    ended: queue.SimpleQueue[tuple[int, Cell | _Unsent]] = queue.SimpleQueue()
+    sent = yielded = 0
+    while True:
+        while sent - yielded < how.max_in_flight and (one := source.send_next()) is not None:
+            if isinstance(one, Cell):
+                one.on_end(partial(_put, ended, sent))
+            else:
+                ended.put((sent, one))
+            sent += 1
+        if sent == yielded:
+            break
+        number, one = ended.get()
+        yielded += 1
+        yield _value(one, number, how)
+    source.finish()
+
+
+def _put(ended: "queue.SimpleQueue[tuple[int, Cell | _Unsent]]", number: int, cell: Cell) -> None:
+    ended.put((number, cell))
+
+
+def _value(one: Cell | _Unsent, number: int, how: How) -> Any:
+    one.wait(None)
+    try:
+        return one.read()
+    except Exception as e:
+        error = _with_place(e, number)
+    if how.return_exceptions:
+        return error
+    raise error
+
+
+# on an event loop
+
+
+class _Awaited(Protocol):
+    """A DeploymentHandle."""
+
+    def _of_item(self, number: int) -> "_Awaited": ...
+    def call(self, *args: Any, **kwargs: Any) -> "asyncio.Future[Any]": ...
+
+
+def async_map(
+    self: _Awaited,
+    iterable: Iterable[Any] | AsyncIterable[Any],
+    *,
+    max_in_flight: int = 1000,
+    ordered: bool = True,
+    progress: bool = False,
+    return_exceptions: bool = False,
 ) -> AsyncIterator[Any]:
-    _check(max_in_flight)
-    source = items if isinstance(items, AsyncIterable) else _as_async(items)
-    values = (_in_order_async if ordered else _as_completed_async)(call, source, max_in_flight)
-    return _with_progress_async(values, items) if progress else values
+    """An async iterator of the values of one call per item, at most `max_in_flight` of them under way.
+
+    In the order of the items, or as they complete. Items are taken and sent when the next value is asked for. The
+    first error is raised in its place and ends the iteration; with `return_exceptions` errors are values. What is
+    under way when the iteration ends early goes on. An `idempotency_key` is completed by the number of the item.
+    """
+    how = How(max_in_flight, ordered, progress, return_exceptions)
+    return _map_async(lambda n, item: self._of_item(n).call(item), iterable, how)
 
 
-async def _as_async(items: Iterable[Any]) -> AsyncIterator[Any]:
-    for item in items:
-        yield item
-
-
-async def _in_order_async(
-    call: Callable[[Any], asyncio.Future[Any]], items: AsyncIterable[Any], max_in_flight: int
+def async_starmap(
+    self: _Awaited,
+    iterable: Iterable[Iterable[Any]] | AsyncIterable[Iterable[Any]],
+    *,
+    max_in_flight: int = 1000,
+    ordered: bool = True,
+    progress: bool = False,
+    return_exceptions: bool = False,
 ) -> AsyncIterator[Any]:
+    """As `map`; each item holds all the arguments of its call."""
+    how = How(max_in_flight, ordered, progress, return_exceptions)
+    return _map_async(lambda n, item: self._of_item(n).call(*item), iterable, how)
+
+
+def _map_async(call: Call, items: Iterable[Any] | AsyncIterable[Any], how: How) -> AsyncIterator[Any]:
+    how.check()
+    source = _AsyncSource(call, items)
+    values = (_in_order_async if how.ordered else _as_completed_async)(source, how)
+    return _with_progress_async(values, items) if how.progress else values
+
+
+class _AsyncSource:
+    """As `_Source`. What could not be sent is a future that has failed."""
+
+    def __init__(self, call: Call, items: Iterable[Any] | AsyncIterable[Any]) -> None:
+        self._call = call
+        self._items = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
+        self._count = 0
+        self._is_over = False
+        self._error: Exception | None = None
+
+    async def send_next(self) -> "asyncio.Future[Any] | None":
+        """None: there are no more."""
+        if self._is_over:
+            return None
+        number = self._count
+        try:
+            item = await anext(self._items) if isinstance(self._items, AsyncIterator) else next(self._items)
+            self._count += 1
+            return self._call(number, item)
+        except _CANNOT_BE_SENT as e:
+            failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            failed.set_exception(_named(e, number))
+            return failed
+        except (StopIteration, StopAsyncIteration):
+            self._is_over = True
+        except Exception as e:
+            self._is_over, self._error = True, e
+        return None
+
+    def finish(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+async def _in_order_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
     in_flight: deque[asyncio.Future[Any]] = deque()
+    number = 0
     try:
-        async for item in items:
-            in_flight.append(call(item))
-            if len(in_flight) >= max_in_flight:
-                yield await in_flight.popleft()
-        while in_flight:
-            yield await in_flight.popleft()
+        while True:
+            while len(in_flight) < how.max_in_flight and (one := await source.send_next()) is not None:
+                in_flight.append(one)
+            if not in_flight:
+                break
+            yield await _value_async(in_flight.popleft(), number, how)
+            number += 1
     finally:
         for future in in_flight:
             _disown(future)
+    source.finish()
 
 
-async def _as_completed_async(
-    call: Callable[[Any], asyncio.Future[Any]], items: AsyncIterable[Any], max_in_flight: int
-) -> AsyncIterator[Any]:
+async def _as_completed_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
     ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-    in_flight: set[asyncio.Future[Any]] = set()
-
-    async def one() -> Any:
-        future = await ended.get()
-        in_flight.discard(future)
-        return future.result()
-
+    in_flight: dict[asyncio.Future[Any], int] = {}
+    sent = 0
     try:
-        async for item in items:
-            future = call(item)
-            in_flight.add(future)
-            future.add_done_callback(ended.put_nowait)
-            if len(in_flight) >= max_in_flight:
-                yield await one()
-        while in_flight:
-            yield await one()
+        while True:
+            while len(in_flight) < how.max_in_flight and (one := await source.send_next()) is not None:
+                in_flight[one] = sent
+                one.add_done_callback(ended.put_nowait)
+                sent += 1
+            if not in_flight:
+                break
+            future = await ended.get()
+            yield await _value_async(future, in_flight.pop(future), how)
     finally:
         for future in in_flight:
             _disown(future)
+    source.finish()
 
 
-def _disown(future: asyncio.Future[Any]) -> None:
+async def _value_async(future: "asyncio.Future[Any]", number: int, how: How) -> Any:
+    try:
+        return await future
+    except Exception as e:
+        error = _with_place(e, number)
+    if how.return_exceptions:
+        return error
+    raise error
+
+
+def _disown(future: "asyncio.Future[Any]") -> None:
     """Nobody will ask for this value: an error in it must not be reported as forgotten."""
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-def _check(max_in_flight: int) -> None:
-    if not isinstance(max_in_flight, int) or max_in_flight < 1:
-        raise ConfigError(f"max_in_flight={max_in_flight!r} must be a whole number, 1 or more")
+# errors, and the bar
+
+
+def _named(error: Exception, number: int) -> Exception:
+    """The same error, which says in its text which item cannot be sent."""
+    named = type(error)(f"item {number} of map(): {error}", **{**error.__dict__, "item": number})
+    named.__cause__ = error.__cause__
+    return named
+
+
+def _with_place(error: Exception, number: int) -> Exception:
+    """The same error, which says in a note which item it is of: where order does not matter, nothing else does."""
+    if isinstance(error, _CANNOT_BE_SENT):
+        return error
+    if not isinstance(error, TaskError):
+        error = same_kind(error)  # type: ignore[assignment] # one error may be that of many requests
+    error.add_note(f"(item {number} of map())")
+    return error
 
 
 @contextmanager
@@ -146,7 +370,8 @@ def _with_progress(values: Iterator[Any], items: Any) -> Iterator[Any]:
 
 
 async def _with_progress_async(values: AsyncIterator[Any], items: Any) -> AsyncIterator[Any]:
-    with _bar(items) as advance:
-        async for value in values:
-            advance()
-            yield value
+    async with aclosing(values):  # type: ignore[type-var]
+        with _bar(items) as advance:
+            async for value in values:
+                advance()
+                yield value

@@ -23,14 +23,16 @@ def say(*words):
 """
 
 
-def start_script(script: str, settings: Settings | None, path: str = "") -> "subprocess.Popen[str]":
-    """Start a script, with warnings as errors; from a file where `path` is given."""
+def start_script(
+    script: str, settings: Settings | None, path: str = "", *, dev: bool = True
+) -> "subprocess.Popen[str]":
+    """Start a script, with warnings as errors; from a file where `path` is given. `dev`: Python's development mode."""
     source = PRELUDE + textwrap.dedent(script)
     if path:
         with open(path, "w") as file:
             file.write(source)
     return subprocess.Popen(
-        [sys.executable, "-X", "dev", "-W", "error", *([path] if path else ["-c", source])],
+        [sys.executable, *(["-X", "dev"] if dev else []), "-W", "error", *([path] if path else ["-c", source])],
         env={**os.environ, **(settings.to_environment() if settings is not None else {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,10 +41,17 @@ def start_script(script: str, settings: Settings | None, path: str = "") -> "sub
 
 
 def run_script(
-    script: str, settings: Settings | None, *, path: str = "", code: int = 0, interrupt: bool = False
+    script: str,
+    settings: Settings | None,
+    *,
+    path: str = "",
+    code: int = 0,
+    interrupt: bool = False,
+    dev: bool = True,
+    timeout_s: float = 40.0,
 ) -> str:
     """What a script prints. It must end as said, and say nothing on stderr; `interrupt`: Ctrl-C when it says "ready"."""
-    with start_script(script, settings, path) as process:
+    with start_script(script, settings, path, dev=dev) as process:
         try:
             begin = ""
             if interrupt:
@@ -51,7 +60,7 @@ def run_script(
                 assert begin == "ready\n"
                 time.sleep(0.1)  # until it waits: nobody else can see that
                 process.send_signal(signal.SIGINT)
-            rest, errors = process.communicate(timeout=40)
+            rest, errors = process.communicate(timeout=timeout_s)
         except BaseException:
             process.kill()
             raise

@@ -177,7 +177,7 @@ async def test_item_that_cannot_be_pickled_ends_the_iteration_and_reports_no_for
     serving: Serving,
 ) -> None:
     with pytest.raises(SerializationError):
-        await collect(serving(Model).fail_at_three.map([3, (x for x in "a")]))
+        await collect(serving(Model).fail_at_three.map([1, (x for x in "a")]))
     with pytest.raises(DeploymentNotFoundError):
         await collect(DeploymentHandle("Nobody", "app").map(range(10)))
 
