@@ -119,6 +119,14 @@ class Link(asyncio.Protocol):
         self.start(call, functools.partial(_settle, future))
         return future
 
+    def hand_over(self, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
+        """Let another protocol speak over this connection; nothing may be under way. Raises BrokerUnavailableError."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            raise BrokerUnavailableError("the connection to the server is down")
+        transport.set_protocol(protocol)
+        return transport
+
     def finish(self) -> None:
         """Close once all that was written is sent. Pending callbacks get BrokerUnavailableError."""
         transport, self._transport = self._transport, None
