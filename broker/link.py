@@ -9,7 +9,7 @@ import functools
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import hiredis
@@ -84,20 +84,6 @@ class Link(asyncio.Protocol):
         """As `send`, with a future. Cancelling it does not take the command back."""
         future: asyncio.Future[Any] = self.lost.get_loop().create_future()
         self.send(functools.partial(_settle, future), *command)
-        return future
-
-    def set_parts(self, key: str, parts: Sequence[bytes | memoryview], ttl_ms: int) -> asyncio.Future[Any]:
-        """SET a large value with a TTL from its parts, which go to the socket as they are. They must not change meanwhile."""
-        future: asyncio.Future[Any] = self.lost.get_loop().create_future()
-        callback = functools.partial(_settle, future)
-        if self._transport is None:
-            callback(BrokerUnavailableError("the connection to the server is down"))
-            return future
-        name = key.encode()
-        size_bytes = sum(map(len, parts))
-        self._callbacks.append(callback)
-        head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size_bytes)
-        self._transport.writelines([head, *parts, b"\r\n$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(ttl_ms)), ttl_ms)])
         return future
 
     def start(self, call: Call[T], callback: Callable[[T | Exception], None]) -> None:

@@ -18,7 +18,7 @@ from millstream.errors import ConfigError, PayloadTooLargeError, SerializationEr
 PROTOCOL = 5
 MOST_STEPS = 100  # into what cannot be pickled, in search of the part that is in the way
 LARGE_BYTES = 64 * 1024  # larger ones travel in keys of their own, and large buffers beside their pickle
-MOST_BYTES = 512 * 1024 * 1024  # the server's own limit for one string (proto-max-bulk-len), by default
+MOST_BYTES = 512_000_000  # by default; more of them fill the server. It has no such limit itself: values go in pieces
 
 _plain_dumps = pickle.dumps
 load = pickle.loads
@@ -56,10 +56,8 @@ def dump_parts(value: Any, what: str, replace: Callable[[Any], Any] | None = Non
         data = _plain_dumps(value, PROTOCOL, buffer_callback=_refuse_large)
         if b"__main__" in data:
             data = _dump_by_value(value, replace)
-    except _LargeBuffer:
+    except Exception:  # a _LargeBuffer, too
         data = _dump_or_explain(value, what, replace, buffers)
-    except Exception:
-        data = _dump_or_explain(value, what, replace)
     if not buffers and len(data) <= LARGE_BYTES:
         return data
     pickled = Pickled(data, buffers)
@@ -97,7 +95,7 @@ def _check_size(size_bytes: int, what: str) -> None:
     if size_bytes > limit_bytes():
         raise PayloadTooLargeError(
             f"{what} takes {size_bytes:,} bytes, the limit is {limit_bytes():,}; store it elsewhere and pass its "
-            "address, or raise MILLSTREAM_PAYLOAD_LIMIT (and the server's proto-max-bulk-len with it)"
+            "address, or raise MILLSTREAM_PAYLOAD_LIMIT, here and for the replicas"
         )
 
 

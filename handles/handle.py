@@ -7,17 +7,18 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NoReturn, Self
 
-from millstream.broker.codec import Codec
+from millstream.broker.codec import Codec, Verified
 from millstream.broker.keys import deployment_tag
 from millstream.broker.outcomes import open_stored
 from millstream.handles import arguments, context, engines, mapping
 from millstream.handles.arguments import RefTask
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
-from millstream.handles.options import HandleOptions, checked, with_extra
+from millstream.handles.options import HandleOptions, checked
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Request, Route
-from millstream.handles.streaming import AsyncStream, Stream, StreamCell
+from millstream.handles.stream_cell import StreamCell
+from millstream.handles.streaming import AsyncStream, Stream
 
 
 class _Handle:
@@ -123,9 +124,8 @@ class _Handle:
         if isinstance(encoded.body, bytes):
             request.envelope = route.codec.seal("request", ref, encoded.body, self._method)
         else:
-            request.payload = route.codec.seal_parts("request", ref, encoded.body, self._method)
-            request.extras = with_extra(extras, payload=1)
-        if request.must_wait or request.mentions or request.payload:
+            request.arguments, request.is_shared = encoded.body, options.idempotency_key is not None
+        if request.must_wait or request.mentions or request.arguments:
             engine.chores.send(request)
             for upstream in encoded.depends_on:
                 upstream._if_never_sent(functools.partial(engine.give_up, route, ref))
@@ -147,7 +147,7 @@ class CallFuture(asyncio.Future[Any]):
     def is_over(self) -> bool:
         return self.done()
 
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+    def settle(self, stored: bytes, large: Verified | None = None) -> None:
         if not self.done():
             try:
                 self.set_result(open_stored(self.codec, self.ref, stored, large))
@@ -223,10 +223,11 @@ class DeploymentHandle(_Handle):
         it) cancels the request. An error of the generator is raised after the items before it. TypeError (as a TaskError)
         where the method is no generator.
         """
-        handle = self if self._options.stream else self.options(stream=True)
-        engine, route = handle._route_here()
-        cell = StreamCell(route, engine.new_ref(), engine, handle._options.max_ahead)
-        handle._send(engine, route, cell, args, kwargs)
+        engine, route = self._route_here()
+        cell = StreamCell(route, engine.new_ref(), engine, self._options.max_ahead)
+        self._submit(engine, route, cell, self._encode(args, kwargs).snapshot(), self._options.streaming)
+        if (caller := context.current.get()) is not None:
+            caller.sends(engine, cell)
         return AsyncStream(cell)
 
     def map(
@@ -247,8 +248,8 @@ class DeploymentHandle(_Handle):
         self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
     ) -> None:
         encoded = self._encode(args, kwargs)
-        if not isinstance(encoded.body, bytes):
-            encoded = encoded._replace(body=encoded.body.snapshot())  # the caller may change its arrays at once
+        if type(encoded.body) is not bytes:
+            encoded = encoded.snapshot()
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         self._submit(engine, route, pending, encoded, extras, until_queued)
@@ -316,10 +317,12 @@ class SyncHandle(_Handle):
         it) cancels the request. An error of the generator is raised after the items before it. TypeError (as a TaskError)
         where the method is no generator.
         """
-        handle = self if self._options.stream else self.options(stream=True)
-        background, engine, route = handle._route_there()
-        cell = StreamCell(route, engine.new_ref(), engine, handle._options.max_ahead)
-        handle._send(background, cell, args, kwargs)
+        background, engine, route = self._route_there()
+        cell = StreamCell(route, engine.new_ref(), engine, self._options.max_ahead)
+        encoded = self._encode(args, kwargs).snapshot()
+        background.call(self._submit, engine, route, cell, encoded, self._options.streaming)
+        if (caller := context.current.get()) is not None:
+            caller.sends(engine, cell)
         return Stream(cell)
 
     def map(
@@ -353,8 +356,8 @@ class SyncHandle(_Handle):
     ) -> None:
         engine = background.engine
         encoded = self._encode(args, kwargs)
-        if snapshot and not isinstance(encoded.body, bytes):
-            encoded = encoded._replace(body=encoded.body.snapshot())  # the caller goes on before it is sent
+        if snapshot:
+            encoded = encoded.snapshot()
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         background.call(self._submit, engine, engine.route(self._tag), pending, encoded, extras, until_queued)

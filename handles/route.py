@@ -4,8 +4,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from millstream.broker.codec import Codec, codec_for
+from millstream.broker.codec import Codec, Verified, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys
+from millstream.broker.pickling import Pickled
 from millstream.config import Settings
 
 
@@ -19,7 +20,7 @@ class Pending(Protocol):
 
     @property
     def is_over(self) -> bool: ...
-    def settle(self, stored: bytes, large: bytes | None = None) -> None: ...
+    def settle(self, stored: bytes, large: Verified | None = None) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def match(self) -> None: ...
     def item(self, stored: bytes) -> None: ...
@@ -41,7 +42,8 @@ class Several:
     def is_over(self) -> bool:
         return all(pending.is_over for pending in self.pendings)
 
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+    def settle(self, stored: bytes, large: Verified | None = None) -> None:
+        large = None if large is None else large.shared()
         for pending in self.pendings:
             pending.settle(stored, large)
 
@@ -117,7 +119,10 @@ class Request:
     mentions: list[str] = field(default_factory=list)  # ref ids that must be on the server before it
     delay_ms: int = 0
     due_ms: int = 0  # on the server's clock
-    payload: list[bytes | memoryview] | None = None  # the envelope in parts, where it is large
+    arguments: Pickled | None = None  # where they are large
+    payload: list[bytes | memoryview] | None = None  # the envelope of those, in parts
+    is_written: bool = False  # that payload, once at least
+    is_shared: bool = False  # others may send the same request: it has an idempotency key
     acknowledged: asyncio.Future[None] | None = None  # or failed
 
     @property

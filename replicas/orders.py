@@ -72,6 +72,12 @@ class ServerClock:
         self._ahead_ms = int(seconds) * 1000 + int(micros) / 1000 - middle_ms
 
 
+async def give_up(run: Run, supplier: Supplier, keys: DeploymentKeys, ref: bytes, why: str) -> None:
+    """Cancel a request that nobody waits for any more. Raises BrokerUnavailableError."""
+    _, waiters = await run(scripts.cancel(keys, outcomes.ENDED_TTL_S, why, [ref]))
+    await supplier.supply_all(keys.tag, waiters)
+
+
 async def expire(run: Run, supplier: Supplier, keys: DeploymentKeys, ref: bytes) -> bool:
     """Have the server end a request whose deadline seems to have passed; False if it says that there is time left."""
     call = scripts.cancel(keys, outcomes.ENDED_TTL_S, outcomes.OVERDUE, [ref], overdue=True)
