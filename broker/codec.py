@@ -7,7 +7,7 @@
                 (0 is a zero byte, a length is one byte; method is empty but for requests, and for items of a stream,
                 where it is the item's number)
     bytes 18-   body; with "b": the number of buffers (4 bytes), the length of each (8 bytes; little-endian all), the
-                pickle, the buffers (PEP 574)
+                pickle and what it takes for the first buffer to be aligned, the buffers (PEP 574)
 
 Whoever moves a body to another ref, method, deployment, namespace or kind breaks its signature. Nothing is unpickled
 before it was verified.
@@ -18,13 +18,14 @@ import hashlib
 import json
 import struct
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from millstream.broker import pickling
 from millstream.broker.pickling import Pickled
 from millstream.errors import SignatureError
 
 HEADER_BYTES = 18
+ALIGNMENT = 16  # of buffers, in memory: as malloc has it. The first one in an envelope lies so.
 Kind = Literal["request", "value", "error", "definition", "check", "item", "key"]
 
 
@@ -62,6 +63,8 @@ class Codec:
         if pickled.buffers:
             sizes = [len(buffer) for buffer in pickled.buffers]
             parts.insert(0, struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
+            if sizes[0] > pickling.LARGE_BYTES:  # else it was not `dump_parts` that made them
+                parts.insert(2, bytes(-(HEADER_BYTES + len(parts[0]) + len(pickled.data)) % ALIGNMENT))
         seed = self._seeds[kind].copy()
         seed.update(b"%b%c%b%c%b" % (form, len(method), method, len(ref), ref))
         for part in parts:
@@ -89,26 +92,24 @@ class Codec:
             seed.update(body)
             if seed.digest() == envelope[2:HEADER_BYTES]:
                 return pickling.load(body)
-        form, view = self._verify(kind, ref, envelope, method)
-        if form == b"b":
-            return _load_with_buffers(view)
-        return pickling.load(view) if form == b"p" else json.loads(bytes(view))
+        return self.verified(kind, ref, envelope, method).load()
 
     def verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes = b"") -> tuple[bytes, bytes]:
         """(form, body) of an envelope that is what it claims to be. Raises SignatureError."""
-        form, view = self._verify(kind, ref, envelope, method)
+        form, view = self.verified(kind, ref, envelope, method)
         return form, bytes(view)
 
-    def _verify(self, kind: Kind, ref: bytes, envelope: bytes, method: bytes) -> tuple[bytes, memoryview]:
-        """A body may be half a gigabyte: it is not copied."""
-        form, view = envelope[1:2], memoryview(envelope)[HEADER_BYTES:]
+    def verified(self, kind: Kind, ref: bytes, envelope: bytes | memoryview, method: bytes = b"") -> "Verified":
+        """As `verify`, of a body that may be half a gigabyte: it is not copied. In any thread."""
+        whole = memoryview(envelope)
+        form, view = bytes(whole[1:2]), whole[HEADER_BYTES:]
         if len(method) > 255 or len(ref) > 255:
             raise self._refusal(kind, ref, "names a method or ref longer than 255 bytes")
-        if envelope[:1] != b"\x01" or form not in (b"p", b"b", b"j"):
+        if bytes(whole[:1]) != b"\x01" or form not in (b"p", b"b", b"j"):
             raise self._refusal(kind, ref, "is not an envelope of version 1")
-        if self._sign(kind, method, ref, form, view) != envelope[2:HEADER_BYTES]:
+        if self._sign(kind, method, ref, form, view) != whole[2:HEADER_BYTES]:
             raise self._refusal(kind, ref, "does not bear this installation's signature")
-        return form, view
+        return Verified(form, view)
 
     def _refusal(self, kind: str, ref: bytes, why: str) -> SignatureError:
         ref_id = f"{self.tag}~{ref.decode(errors='replace')}"
@@ -119,15 +120,35 @@ class Codec:
         )
 
 
+class Verified(NamedTuple):
+    """A body whose signature was found good. Only a codec makes one."""
+
+    form: bytes
+    body: memoryview
+
+    def shared(self) -> "Verified":
+        """The same for several: each `load` makes arrays of its own, where it would make them of this memory."""
+        return self._replace(body=self.body.toreadonly())
+
+    def load(self) -> Any:
+        """The value. Its large arrays are made of the very bytes that came, so that nobody else may load it."""
+        if self.form == b"b":
+            return _load_with_buffers(self.body)
+        return pickling.load(self.body) if self.form == b"p" else json.loads(bytes(self.body))
+
+
 def _load_with_buffers(body: memoryview) -> Any:
-    """Unpickle a body whose large buffers lie beside the pickle. They are copied once, so that arrays can be written to."""
+    """Unpickle a body whose large buffers lie beside the pickle. Arrays can be written to: they are made of the body's own
+    memory, and of copies where that may not be written, or where a buffer does not lie as an array should."""
     (count,) = struct.unpack_from("<I", body)
     sizes = struct.unpack_from(f"<{count}Q", body, 4)
     rest = body[4 + 8 * count :]
     start = len(rest) - sum(sizes)
     buffers, data = [], rest[:start]
     for size in sizes:
-        buffers.append(bytearray(rest[start : start + size]))
+        buffer = rest[start : start + size]
+        is_aligned = (HEADER_BYTES + 4 + 8 * count + start) % ALIGNMENT == 0
+        buffers.append(buffer if is_aligned and not body.readonly else bytearray(buffer))
         start += size
     return pickling.load(data, buffers=buffers)
 

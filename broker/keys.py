@@ -151,8 +151,8 @@ class DeploymentKeys:
         return f"{self.prefix}holds"
 
     def payload(self, ref: str) -> str:
-        """string: the signed arguments of a request, where they are large. With TTL until submit has seen it; removed at
-        the request's end (of a dead letter: kept as long as that may be looked at)."""
+        """list: the signed arguments of a request, where they are large, in pieces. With TTL until submit has seen it;
+        removed at the request's end (of a dead letter: kept as long as that may be looked at)."""
         return f"{self.payload_prefix}{ref}"
 
     @cached_property
@@ -160,9 +160,13 @@ class DeploymentKeys:
         return f"{self.prefix}payload:"
 
     def value(self, ref: str, part: str) -> str:
-        """string with TTL: a large value. `part` is the entry id of the attempt that made it, "-" of one stored by `put`,
-        "<n>" of item n of a stream."""
+        """list with TTL: a large value, in pieces. `part` is the entry id of the attempt that made it, after "<n>." where
+        it is item n of a stream, or "-" of one stored by `put`."""
         return f"{self.value_prefix}{ref}:{part}"
+
+    def arriving(self, name: str) -> str:
+        """list with TTL: what has come of a large value or payload. Renamed when all of it is there; `name` is random."""
+        return f"{self.prefix}arriving:{name}"
 
     @cached_property
     def value_prefix(self) -> str:

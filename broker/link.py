@@ -9,7 +9,7 @@ import functools
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import hiredis
@@ -87,20 +87,6 @@ class Link(asyncio.Protocol):
         self.send(functools.partial(_settle, future), *command)
         return future
 
-    def set_parts(self, key: str, parts: Sequence[bytes | memoryview], ttl_ms: int) -> asyncio.Future[Any]:
-        """SET a large value with a TTL from its parts, which go to the socket as they are. They must not change meanwhile."""
-        future: asyncio.Future[Any] = self.lost.get_loop().create_future()
-        callback = functools.partial(_settle, future)
-        if self._transport is None:
-            callback(BrokerUnavailableError("the connection to the server is down"))
-            return future
-        name = key.encode()
-        size_bytes = sum(map(len, parts))
-        self._callbacks.append(callback)
-        head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size_bytes)
-        self._transport.writelines([head, *parts, b"\r\n$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(ttl_ms)), ttl_ms)])
-        return future
-
     def start(self, call: Call[T], callback: Callable[[T | Exception], None]) -> None:
         """Run a script; `callback` gets its reply as read by the call, or an exception instance."""
 
@@ -124,6 +110,14 @@ class Link(asyncio.Protocol):
         future: asyncio.Future[T] = self.lost.get_loop().create_future()
         self.start(call, functools.partial(_settle, future))
         return future
+
+    def hand_over(self, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
+        """Let another protocol speak over this connection; nothing may be under way. Raises BrokerUnavailableError."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            raise BrokerUnavailableError("the connection to the server is down")
+        transport.set_protocol(protocol)
+        return transport
 
     def finish(self) -> None:
         """Close once all that was written is sent. Pending callbacks get BrokerUnavailableError."""

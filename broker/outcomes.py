@@ -8,7 +8,7 @@ import pickle
 from typing import Any
 
 from millstream.broker import remote_errors
-from millstream.broker.codec import Codec
+from millstream.broker.codec import Codec, Verified
 from millstream.errors import (
     BackPressureError,
     DeployFailedError,
@@ -37,23 +37,32 @@ def is_item(stored: bytes) -> bool:
 def large_part(stored: bytes) -> str | None:
     """Where the value lies in a key of its own: the last part of that key's name (`DeploymentKeys.value`)."""
     header, _, body = stored.partition(b"\n")
-    has_value = header[:9] == b"succeeded" or header[:5] == b"item "  # the rest is text, and may begin with anything
-    return header.rpartition(b" ")[2].decode() if has_value and body[:1] == b"@" else None
+    if body[:1] != b"@":
+        return None
+    if header[:5] == b"item ":
+        return body.split()[1].decode()  # "@<bytes> <part>"
+    return header.rpartition(b" ")[2].decode() if header[:9] == b"succeeded" else None  # else it is text
 
 
-def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | None = None) -> Any:
+def large_size(stored: bytes) -> int:
+    """Of what `large_part` finds elsewhere: the number of bytes there."""
+    return int(stored.partition(b"\n")[2].split()[0][1:])
+
+
+def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | Verified | None = None) -> Any:
     """The value under a result key, or the error it stands for, raised. SignatureError if it was tampered with.
 
-    `large` is what lies under the key that `large_part` names; None if that has expired, which is a RefNotFoundError.
+    `large` is what lies under the key that `large_part` names, verified already or not; None if that has expired, which
+    is a RefNotFoundError.
     """
     body = stored[stored.find(b"\n") + 1 :]
     if stored[:9] == b"succeeded":
-        if body[:1] == b"@":
-            if large is None:
-                raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({body[1:].decode()} bytes) has expired")
-            body = large
+        if body[:1] == b"@" and large is None:
+            raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({body[1:].decode().strip()} bytes) has expired")
         try:
-            return codec.open("value", ref, body)
+            if isinstance(large, Verified):
+                return large.load()
+            return codec.open("value", ref, body if large is None else large)
         except (ImportError, AttributeError) as e:
             e.add_note(f"the value of {codec.tag}~{ref.decode()} is of a class that cannot be imported here")
             raise

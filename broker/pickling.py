@@ -18,9 +18,7 @@ from millstream.errors import ConfigError, PayloadTooLargeError, SerializationEr
 PROTOCOL = 5
 MOST_STEPS = 100  # into what cannot be pickled, in search of the part that is in the way
 LARGE_BYTES = 64 * 1024  # larger ones travel in keys of their own, and large buffers beside their pickle
-# Below the server's own limit for one string (proto-max-bulk-len, 512 * 1024 * 1024) by as much as an envelope needs:
-# beyond that the server does not refuse a value, it hangs up.
-MOST_BYTES = 512_000_000
+MOST_BYTES = 512_000_000  # by default; more of them fill the server. It has no such limit itself: values go in pieces
 
 _plain_dumps = pickle.dumps
 load = pickle.loads
@@ -98,7 +96,7 @@ def _check_size(size_bytes: int, what: str) -> None:
     if size_bytes > limit_bytes():
         raise PayloadTooLargeError(
             f"{what} takes {size_bytes:,} bytes, the limit is {limit_bytes():,}; store it elsewhere and pass its "
-            "address, or raise MILLSTREAM_PAYLOAD_LIMIT (and the server's proto-max-bulk-len with it)"
+            "address, or raise MILLSTREAM_PAYLOAD_LIMIT, here and for the replicas"
         )
 
 

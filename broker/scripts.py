@@ -328,20 +328,25 @@ def emit(
     """Add items `first`, `first` + 1, ... to a stream. Answers whether its request still runs at `place`, and, where no
     envelopes are given, how many items its reader has read (0 otherwise).
 
-    In order, one call after the answer to the other. What is not read yet lives for `ttl_s` from the last call, a minute
-    at least: ask while nothing is emitted.
+    What is not read yet lives for `ttl_s` from the last call, a minute at least: ask while nothing is emitted.
     """
     return Call(
         script("emit"),
-        (keys.open, keys.items(ref), keys.reply_prefix),
+        (keys.open, keys.items(ref), keys.reply_prefix, keys.value_prefix),
         (ref, place, client, ttl_s, first, *envelopes),
         lambda reply: (reply[0] == b"running", reply[1]),
     )
 
 
-def consume(keys: DeploymentKeys, ref: str, count: int) -> Call[int]:
-    """The first `count` items of a stream have been read: remove them, and tell its replica."""
-    return Call(script("consume"), (keys.open, keys.items(ref), keys.prefix, keys.orders_prefix), (ref, count), int)
+def consume(keys: DeploymentKeys, ref: str, count: int, parts: Iterable[str] = ()) -> Call[int]:
+    """The first `count` items of a stream have been read: remove them, and tell its replica. `parts` are those of large
+    ones among them, whose values go as well."""
+    return Call(
+        script("consume"),
+        (keys.open, keys.items(ref), keys.prefix, keys.orders_prefix),
+        (ref, count, *(keys.value(ref, part) for part in parts)),
+        int,
+    )
 
 
 def release(keys: DeploymentKeys, lane: str, replica: str, cause: str, *, expired: bool) -> Call[Released]:

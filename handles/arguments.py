@@ -40,6 +40,10 @@ class Arguments(NamedTuple):
     depends_on: list[ObjectRef]
     mentions: list[ObjectRef]
 
+    def snapshot(self) -> "Arguments":
+        """For a caller that goes on before they are sent, and may change its arrays."""
+        return self if isinstance(self.body, bytes) else self._replace(body=self.body.snapshot())
+
 
 _WAITED_FOR = (ObjectRef, asyncio.Future)
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from millstream.broker.codec import Codec
+from millstream.broker.codec import Codec, Verified
 from millstream.broker.outcomes import open_stored
 from millstream.errors import MillstreamError
 
@@ -20,7 +20,7 @@ class CallFuture(asyncio.Future[Any]):
     def is_over(self) -> bool:
         return self.done()
 
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+    def settle(self, stored: bytes, large: Verified | None = None) -> None:
         if not self.done():
             try:
                 self.set_result(open_stored(self.codec, self.ref, stored, large))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from millstream.broker import outcomes
-from millstream.broker.codec import Codec
+from millstream.broker.codec import Codec, Verified
 from millstream.errors import BrokerUnavailableError, MillstreamError
 
 Watcher = Callable[["Cell"], None]
@@ -39,7 +39,7 @@ class Cell:
         self.since = time.monotonic()
         self.is_matched = False
         self._stored: bytes | None = None
-        self._large: bytes | None = None  # the value, where it lies in a key of its own
+        self._large: Verified | None = None  # the value, where it lies in a key of its own
         self._error: BaseException | None = None
         self._value: Any = _UNREAD
         self._on_match: list[Watcher] = []
@@ -67,7 +67,7 @@ class Cell:
         """Why there will never be an outcome on the server, if that is so: refused, or its deployment cannot start."""
         return None if self.was_cut_off else self._error
 
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+    def settle(self, stored: bytes, large: Verified | None = None) -> None:
         """The request has ended; `stored` is what its result key holds, `large` what its value key does."""
         self._large = large
         self._end(stored, None)

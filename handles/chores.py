@@ -1,5 +1,6 @@
-"""The few things an engine does in several steps: requests that wait, are large or come after others; reading large values;
-the records of streams. Each step may be repeated, and is, over reconnects.
+"""The few things an engine does in several steps: requests that wait, are large or come after others; following; looking.
+
+Each step may be repeated, and is, over reconnects.
 """
 
 import asyncio
@@ -9,7 +10,6 @@ from typing import Any
 
 from millstream.broker import outcomes, scripts
 from millstream.broker.keys import split_ref
-from millstream.broker.link import Link
 from millstream.broker.scripts import Submitted
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
@@ -18,25 +18,24 @@ from millstream.handles import submitter
 from millstream.handles.cell import Cell
 from millstream.handles.holding import Holding
 from millstream.handles.hub import Hub
+from millstream.handles.large import LargeValues
 from millstream.handles.lines import PATIENCE_S
 from millstream.handles.options import with_time_left
 from millstream.handles.patience import RETRY_S
 from millstream.handles.route import Pending, Request, Route
 
-PAYLOAD_TTL_MS = 600_000  # of large arguments, until submit has seen them
 WAKES_PER_S = 500  # at most, of one deployment: delayed requests are due to some ms
 
 
 class Chores:
     """Owns its tasks; they end with the engine."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub, self._lines = hub, hub.lines
+    def __init__(self, hub: Hub, large: LargeValues) -> None:
+        self._hub, self._lines, self._large = hub, hub.lines, large
         self._supplier = Supplier(hub.settings, hub.lines.run)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sending: dict[bytes, Request] = {}
         self._sending_bytes = 0
-        self._fetching: set[bytes] = set()
         self._holding = Holding(hub, self._sending, self.held, self.send_stepwise, self._supplier)
         self._wakes: set[tuple[str, int]] = set()  # tag, and when, in buckets
 
@@ -61,7 +60,7 @@ class Chores:
             Request(
                 route, pending, request.lane, request.method, request.extras, request.envelope,
                 depends_on=request.depends_on, mentions=request.mentions, delay_ms=request.delay_ms,
-                due_ms=request.due_ms, payload=request.payload,
+                due_ms=request.due_ms, arguments=request.arguments, payload=request.payload, is_shared=True,
             )
         )  # fmt: skip
 
@@ -137,23 +136,33 @@ class Chores:
 
     async def _offer(self, request: Request) -> Submitted | None:
         """Have the server take the request; None if its caller has given it up meanwhile."""
-        ref, keys = request.pending.ref, request.route.keys
-        while True:
-            if request.payload is not None:
-                bulk = await self._lines.bulk()
-                await bulk.set_parts(keys.payload(ref.decode()), request.payload, PAYLOAD_TTL_MS)
-            if request.is_withdrawn or ref not in self._hub.pending:
-                return None
-            request.was_submitted = True
-            try:
-                answer = await self._submit(request)
-            except BrokerUnavailableError:
-                self._hub.drops.may_be_sent_twice(request.pending.since)
-                raise
-            if answer is Submitted.FULL:
-                raise outcomes.queue_full(request.route.tag)
+        await self._large.seal(request)
+        ref, was_written = request.pending.ref, request.is_written
+        if request.payload is not None and not was_written and not request.is_shared:
+            await self._large.write_arguments(request)
+        while not request.is_withdrawn and ref in self._hub.pending:
+            answer = await self._try_to_submit(request)
             if answer is not Submitted.MISSING:
                 return answer
+            await self._large.write_arguments(request)
+        if not was_written:  # else it may have been submitted before a reconnect, and taken
+            self._large.forget_arguments(request)
+        return None
+
+    async def _try_to_submit(self, request: Request) -> Submitted:
+        """What the server says. BackPressureError where the queue is full."""
+        request.was_submitted = True
+        try:
+            answer = await self._submit(request)
+            if answer is Submitted.FULL:
+                raise outcomes.queue_full(request.route.tag)
+        except BrokerUnavailableError:  # it may have been taken
+            self._hub.drops.may_be_sent_twice(request.pending.since)
+            raise
+        except Exception:
+            self._large.forget_arguments(request)
+            raise
+        return answer
 
     async def _submit(self, request: Request) -> Submitted:
         ref, keys, extras = request.pending.ref, request.route.keys, request.extras
@@ -249,40 +258,6 @@ class Chores:
         finally:
             self._hub.unregistered.discard(pending.ref)
 
-    # large values
-
-    def fetch(self, pending: Pending, stored: bytes) -> None:
-        """Read a value that lies in a key of its own, and settle `pending` with it."""
-        if pending.ref not in self._fetching:
-            self._fetching.add(pending.ref)
-            self.start(self._fetch(pending, stored))
-
-    async def _fetch(self, pending: Pending, stored: bytes) -> None:
-        part = outcomes.large_part(stored)
-        assert part is not None
-        try:
-            large = await self.read_large(self._hub.route(pending.codec.tag), pending.ref, part)
-            self._hub.settle(self._hub.pending.get(pending.ref, pending), stored, large)
-        except BrokerUnavailableError:
-            return  # whoever looks after what waits long will find it again
-        finally:
-            self._fetching.discard(pending.ref)
-
-    async def read_large(self, route: Route, ref: bytes, part: str) -> bytes | None:
-        """A large value, or None if it has expired. Raises BrokerUnavailableError."""
-        bulk = await self._lines.bulk()
-        value: bytes | None = await bulk.ask("GET", route.keys.value(ref.decode(), part))
-        return value
-
-    async def put(self, route: Route, ref: bytes, envelope: bytes | list[bytes | memoryview], ttl_s: float) -> None:
-        """Store a value under a ref of its own; a large one, which comes in parts, in a key of its own."""
-        commands, ttl_ms = await self._lines.link(), int(ttl_s * 1000)
-        if not isinstance(envelope, bytes):
-            bulk = await self._lines.bulk()
-            await bulk.set_parts(route.keys.value(ref.decode(), "-"), envelope, ttl_ms)
-            envelope = b"@%d\n" % sum(map(len, envelope))
-        await commands.ask("SET", route.keys.result(ref.decode()), b"succeeded - -\n" + envelope, "PX", ttl_ms)
-
     # looking
 
     async def state(self, ref_id: str) -> State:
@@ -303,26 +278,6 @@ class Chores:
             return
         if state is not State.QUEUED:
             pending.match()
-
-    # streams
-
-    async def read_items(self, route: Route, ref: bytes, first: int) -> list[bytes]:
-        """The items from number `first` on that are stored, as messages bring them. Raises BrokerUnavailableError."""
-        commands: Link = await self._lines.link()
-        rows = await commands.ask("XRANGE", route.keys.items(ref.decode()), f"{first + 1}-0", "+")
-        return [b"item %d\n%b\n" % (int(entry.partition(b"-")[0]) - 1, fields[1]) for entry, fields in rows]
-
-    def consumed(self, route: Route, ref: bytes, count: int) -> None:
-        """Tell the replica that so many items have been read."""
-        commands = self._lines.commands
-        if commands is not None:
-            commands.start(scripts.consume(route.keys, ref.decode(), count), _ignore)
-
-    def forget_items(self, route: Route, ref: bytes) -> None:
-        """The stream has been read to its end, or nobody wants the rest."""
-        commands = self._lines.commands
-        if commands is not None:
-            commands.send(_ignore, "UNLINK", route.keys.items(ref.decode()))
 
 
 def _ignore(reply: Any) -> None:

@@ -1,6 +1,6 @@
 """The engine: one per event loop, it submits requests and hands results to whoever waits for them.
 
-Two connections: commands go out on one, results and notices come in on the other (a third one carries large values).
+Two connections: commands go out on one, results and notices come in on the other (large values have others).
 Messages are hints, the record in Redis is the truth: after each reconnect, and at a bounded rate all the time, the
 engine re-reads what it waits for. What takes more than one step is in `chores`.
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from millstream.broker import outcomes, scripts
+from millstream.broker.codec import Verified
 from millstream.broker.link import Messages
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, MillstreamError
@@ -20,6 +21,7 @@ from millstream.handles.chores import Chores
 from millstream.handles.deadlines import Deadlines
 from millstream.handles.drops import Drops
 from millstream.handles.endings import Endings
+from millstream.handles.large import LargeValues
 from millstream.handles.lines import Lines
 from millstream.handles.patrol import LOOK_AT_ONCE, Patrol
 from millstream.handles.route import Pending, Route, Several
@@ -40,7 +42,8 @@ class Engine:
         self.unregistered: set[bytes] = set()  # refs that a chore is about: the server may not know them yet
         self.sender = Submitter(self)
         self.submit = self.sender.submit
-        self.chores = Chores(self)
+        self.large = LargeValues(self)
+        self.chores = Chores(self, self.large)
         self.start = self.chores.start
         self.drops = Drops(self.lines, self.route)
         self.endings = Endings(self)
@@ -189,7 +192,7 @@ class Engine:
                 self.chores.start(self.chores.see_whether_matched(pending))
             return
         if outcomes.large_part(answer) is not None:
-            self.chores.fetch(pending, answer)
+            self.large.fetch(pending, answer)
             return
         self.pending.pop(pending.ref, None)
         if answer == b"unknown":
@@ -197,7 +200,7 @@ class Engine:
         else:
             self.settle(pending, answer)
 
-    def settle(self, pending: Pending, stored: bytes, large: bytes | None = None) -> None:
+    def settle(self, pending: Pending, stored: bytes, large: Verified | None = None) -> None:
         self.pending.pop(pending.ref, None)
         if pending.is_private:
             self.drops.add(pending.codec.tag, pending.ref, stored, pending.since)

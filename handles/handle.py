@@ -16,10 +16,11 @@ from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co, Yields
 from millstream.handles.mapping import Choices, Many
-from millstream.handles.options import HandleOptions, checked, with_extra
+from millstream.handles.options import HandleOptions, checked
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Request, Route
-from millstream.handles.streaming import AsyncStream, Stream, StreamCell
+from millstream.handles.stream_cell import StreamCell
+from millstream.handles.streaming import AsyncStream, Stream
 
 
 class _Handle:
@@ -140,9 +141,8 @@ class _Handle:
         if isinstance(encoded.body, bytes):
             request.envelope = route.codec.seal("request", ref, encoded.body, self._method)
         else:
-            request.payload = route.codec.seal_parts("request", ref, encoded.body, self._method)
-            request.extras = with_extra(extras, payload=1)
-        if request.must_wait or request.mentions or request.payload or engine.chores.is_sending(ref):
+            request.arguments, request.is_shared = encoded.body, options.idempotency_key is not None
+        if request.must_wait or request.mentions or request.arguments or engine.chores.is_sending(ref):
             engine.chores.send(request)
             for upstream in encoded.depends_on:
                 upstream._if_never_sent(functools.partial(engine.give_up, route, ref))
@@ -220,10 +220,11 @@ class DeploymentHandle(_Handle, Generic[T_co]):
         it) cancels the request. An error of the generator is raised after the items before it. TypeError (as a TaskError)
         where the method is no generator.
         """
-        handle = self if self._options.stream else self.options(stream=True)
-        engine, route = handle._route_here()
-        cell = StreamCell(route, engine.new_ref(), engine, handle._options.max_ahead)
-        handle._send(engine, route, cell, args, kwargs)
+        engine, route = self._route_here()
+        cell = StreamCell(route, engine.new_ref(), engine, self._options.max_ahead)
+        self._submit(engine, route, cell, self._encode(args, kwargs).snapshot(), self._options.streaming)
+        if (caller := context.current.get()) is not None:
+            caller.sends(engine, cell)
         return AsyncStream(cell)
 
     @overload
@@ -242,8 +243,8 @@ class DeploymentHandle(_Handle, Generic[T_co]):
         self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
     ) -> None:
         encoded = self._encode(args, kwargs)
-        if not isinstance(encoded.body, bytes):
-            encoded = encoded._replace(body=encoded.body.snapshot())  # the caller may change its arrays at once
+        if type(encoded.body) is not bytes:
+            encoded = encoded.snapshot()
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         self._submit(engine, route, pending, encoded, extras, until_queued)
@@ -325,10 +326,12 @@ class SyncHandle(_Handle, Generic[T_co]):
         it) cancels the request. An error of the generator is raised after the items before it. TypeError (as a TaskError)
         where the method is no generator.
         """
-        handle = self if self._options.stream else self.options(stream=True)
-        background, engine, route = handle._route_there()
-        cell = StreamCell(route, engine.new_ref(), engine, handle._options.max_ahead)
-        handle._send(background, cell, args, kwargs)
+        background, engine, route = self._route_there()
+        cell = StreamCell(route, engine.new_ref(), engine, self._options.max_ahead)
+        encoded = self._encode(args, kwargs).snapshot()
+        background.call(self._submit, engine, route, cell, encoded, self._options.streaming)
+        if (caller := context.current.get()) is not None:
+            caller.sends(engine, cell)
         return Stream(cell)
 
     @overload
@@ -363,8 +366,8 @@ class SyncHandle(_Handle, Generic[T_co]):
     ) -> None:
         engine = background.engine
         encoded = self._encode(args, kwargs)
-        if snapshot and not isinstance(encoded.body, bytes):
-            encoded = encoded._replace(body=encoded.body.snapshot())  # the caller goes on before it is sent
+        if snapshot:
+            encoded = encoded.snapshot()
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         background.call(self._submit, engine, engine.route(self._tag), pending, encoded, extras, until_queued)

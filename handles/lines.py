@@ -1,12 +1,13 @@
 """The connections of an engine, and their reconnects: commands go out on one, results and notices come in on another.
 
-A third one, made at first use, carries large values, so that they delay nothing else.
+Large values have connections of their own (`bulk`), so that they delay nothing else.
 """
 
 import asyncio
 import time
 from typing import Any, Protocol
 
+from millstream.broker.bulk import Bulk
 from millstream.broker.connection import backoff
 from millstream.broker.link import Link, dial
 from millstream.broker.scripts import Call
@@ -36,8 +37,7 @@ class Lines:
         self._loop = asyncio.get_running_loop()
         self.commands: Link | None = None
         self.replies: Link | None = None
-        self._bulk: Link | None = None
-        self._one_dials = asyncio.Lock()
+        self.bulk = Bulk(settings, name, patience_s=PATIENCE_S)
         self._connector: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self.is_closed = False
@@ -76,15 +76,6 @@ class Lines:
         assert self.commands is not None
         return self.commands
 
-    async def bulk(self) -> Link:
-        """The link for large values. Raises BrokerUnavailableError."""
-        async with self._one_dials:
-            if self.is_closed:
-                raise BrokerUnavailableError("this connection was closed; call again to open a new one")
-            if self._bulk is None or not self._bulk.is_up:
-                self._bulk = await dial(self._settings, f"ms:bulk:{self._name}")
-            return self._bulk
-
     def close(self) -> None:
         """Close the links for good; what was sent last still goes out."""
         self.is_closed = True
@@ -94,6 +85,7 @@ class Lines:
             if task is not None:
                 task.cancel()
         self._drop()
+        self.bulk.close()
 
     async def _connect(self) -> None:
         if self._connecting is None:
@@ -117,10 +109,10 @@ class Lines:
             await self._user.on_first_up()
 
     def _drop(self) -> None:
-        for link in (self.commands, self.replies, self._bulk):
+        for link in (self.commands, self.replies):
             if link is not None:
                 link.close()
-        self.commands = self.replies = self._bulk = None
+        self.commands = self.replies = None
         self._user.on_lost()
 
     async def _stay_connected(self) -> None:

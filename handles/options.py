@@ -78,14 +78,21 @@ class HandleOptions:
             extras["kill"] = 1
         if self.when_full == "wait":
             extras["patient"] = 1
-        if self.stream:
-            extras["stream"] = self.max_ahead
         return json.dumps(extras).encode() if extras else b""
 
     @cached_property
     def matched(self) -> bytes:
         """As `plain`, and the caller wants to hear when a replica takes the request."""
         return b"matched" if not self.plain else with_extra(self.plain, want="matched")
+
+    @cached_property
+    def streaming(self) -> bytes:
+        """As `plain`, and the items are wanted. Raises ConfigError."""
+        if self.idempotency_key is not None:
+            raise ConfigError(
+                f"idempotency_key={self.idempotency_key!r} is not for streams: what one has read is gone for another; drop it"
+            )
+        return with_extra(self.plain, stream=self.max_ahead)
 
     @property
     def due_ms(self) -> int:

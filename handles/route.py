@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from millstream.broker.codec import Codec, codec_for
+from millstream.broker.codec import Codec, Verified, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys
+from millstream.broker.pickling import Pickled
 from millstream.config import Settings
 from millstream.handles.options import with_time_left
 
@@ -25,7 +26,7 @@ class Pending(Protocol):
 
     @property
     def is_over(self) -> bool: ...
-    def settle(self, stored: bytes, large: bytes | None = None) -> None: ...
+    def settle(self, stored: bytes, large: Verified | None = None) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def match(self) -> None: ...
     def item(self, stored: bytes) -> None: ...
@@ -53,7 +54,8 @@ class Several:
     def is_over(self) -> bool:
         return all(pending.is_over for pending in self.pendings)
 
-    def settle(self, stored: bytes, large: bytes | None = None) -> None:
+    def settle(self, stored: bytes, large: Verified | None = None) -> None:
+        large = None if large is None else large.shared()
         for pending in self.pendings:
             pending.settle(stored, large)
 
@@ -136,7 +138,10 @@ class Request:
     mentions: list[str] = field(default_factory=list)  # ref ids that must be on the server before it
     delay_ms: int = 0
     due_ms: int = 0  # on the server's clock
-    payload: list[bytes | memoryview] | None = None  # the envelope in parts, where it is large
+    arguments: Pickled | None = None  # where they are large
+    payload: list[bytes | memoryview] | None = None  # the envelope of those, in parts
+    is_written: bool = False  # that payload, once at least
+    is_shared: bool = False  # others may send the same request: it has an idempotency key
     acknowledged: asyncio.Future[None] | None = None  # or failed; made where somebody waits for it
     is_acknowledged: bool = False
     is_in_the_air: bool = False
@@ -145,7 +150,7 @@ class Request:
 
     @property
     def size_bytes(self) -> int:
-        return sum(map(len, self.payload)) if self.payload else len(self.envelope)
+        return len(self.envelope) if self.arguments is None else self.arguments.size_bytes
 
     @property
     def must_wait(self) -> bool:

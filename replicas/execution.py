@@ -18,6 +18,7 @@ from millstream.replicas.expiry import Expiry
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
+from millstream.replicas.producing import Producer
 from millstream.replicas.streaming import Emitters
 
 # Fields of an entry that only say something about it. With any other, it takes more than one step to start.
@@ -112,7 +113,12 @@ class Executor:
             self._start_with_care(attempt)
             return
         try:
-            method, args, kwargs, model_id = self._open(attempt, attempt.body, None)
+            opened = self._codec.open("request", attempt.ref, attempt.body, attempt.method)
+            method, args, kwargs, model_id = self._called(attempt, opened)
+        except (ImportError, AttributeError) as e:
+            e.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
+            self._failed(attempt, e)
+            return
         except Exception as e:
             self._failed(attempt, e)
             return
@@ -130,22 +136,14 @@ class Executor:
         if attempt.more:
             self._notice(attempt)
 
-    def _open(
-        self, attempt: Attempt, body: bytes, values: dict[str, Any] | None
-    ) -> tuple[Method, tuple[Any, ...], dict[str, Any], str]:
-        """Verify and decode a request. Raises SignatureError, and MillstreamError or TypeError if it cannot be called so."""
-        try:
-            args, kwargs, *model = self._codec.open("request", attempt.ref, body, attempt.method)
-        except (ImportError, AttributeError) as e:
-            e.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
-            raise
-        if values:
-            args, kwargs = arguments.fill_in(args, kwargs, values)
+    def _called(self, attempt: Attempt, opened: Any) -> tuple[Method, tuple[Any, ...], dict[str, Any], str]:
+        """What a request calls, with what. Raises MillstreamError or TypeError if that cannot be called so."""
+        args, kwargs, *model = opened
         method = self._served.method(attempt.method)
         if method.is_generator and attempt.max_ahead is None:
             raise TypeError(
-                f"method {attempt.method.decode()!r} of {self._codec.tag} is a generator; "
-                "call it with handle.stream(...), or with options(stream=True)"
+                f"method {attempt.method.decode()!r} of {self._codec.tag} is a generator; call it with "
+                "handle.stream(...), or iterate over what options(stream=True).remote(...) returns"
             )
         return method, args, kwargs, model[0] if model else ""
 
@@ -164,32 +162,41 @@ class Executor:
                 running.is_taken = True
                 return None
             running.timer = self._expiry.watch(attempt.ref, deadline_ms)
-        body = await self._large.read_payload(attempt.ref) if b"payload" in attempt.more else attempt.body
-        values = await self._large.read_all(attempt.supplied)
-        method, args, kwargs, running.request.model_id = self._open(attempt, body, values)
-        del body, values
+        if b"payload" in attempt.more:
+            size_bytes = int(attempt.more[b"payload"])
+            opened = (await self._large.read_payload(attempt.ref, attempt.method, size_bytes)).load()
+        else:
+            opened = self._codec.open("request", attempt.ref, attempt.body, attempt.method)
+        method, args, kwargs, running.request.model_id = self._called(attempt, opened)
+        if supplied := attempt.supplied:
+            args, kwargs = arguments.fill_in(args, kwargs, await self._large.read_all(supplied))
+        del opened
         current.set(running.request)
         self._notice(attempt)
         call = functools.partial(method.function, *args, **kwargs)
+        del args, kwargs
         if attempt.max_ahead is not None:
-            return await self._run_stream(running, call, attempt.max_ahead)
+            return await self._run_stream(running, call, attempt.max_ahead, is_async=method.is_async)
         if method.is_async:
             return await _await(call, (), {})
         running.job = self._threads.submit(contextvars.copy_context().run, _call, call, (), {})
         return await _InThread(running.job, self._loop)
 
-    async def _run_stream(self, running: Running, call: Callable[[], Any], max_ahead: int) -> int:
+    async def _run_stream(self, running: Running, call: Callable[[], Any], max_ahead: int, *, is_async: bool) -> Any:
         attempt = running.attempt
-
-        def lose(_: str) -> None:
-            self.take_away(*attempt.place)
 
         def started(job: Any) -> None:
             running.job = job
 
-        emitter = self._emitters.open(attempt.place, attempt.ref, attempt.client, max_ahead, lose)
+        on_stale = functools.partial(self.take_away, *attempt.place)
+        is_json = attempt.body[1:2] == b"j"
+        emitter = self._emitters.open(attempt.place, attempt.ref, attempt.client, max_ahead, on_stale, is_json=is_json)
         try:
-            return await emitter.run(call, self._threads, started)
+            if b"attempt" in attempt.more:
+                await emitter.go_on()
+            return await Producer(emitter, self._threads, started).run(call, is_async=is_async)
+        except (SystemExit, KeyboardInterrupt) as e:
+            return _Raised(e)
         finally:
             emitter.end()
 
@@ -311,7 +318,8 @@ class Executor:
             self.running.pop(attempt.place, None)
             self.slot_freed.set()
             if running.is_taken or done.cancelled():
-                return  # what was written has a TTL
+                self._finisher.forget_value(attempt.ref, attempt.entry)
+                return
             if (error := done.exception()) is not None:
                 self._failed(attempt, error)
             else:

@@ -76,6 +76,11 @@ class Finisher:
         self.link = link
         self._flush()
 
+    def forget_value(self, ref: bytes, entry: bytes) -> None:
+        """What this attempt has written under a key of its own is nobody's."""
+        if self.link is not None:
+            self.link.send(_ignore, "UNLINK", self._keys.value(ref.decode(), entry.decode()))
+
     def _flush(self) -> None:
         self._is_scheduled = False
         link = self.link
@@ -115,6 +120,8 @@ class Finisher:
                 )
             elif why is Finished.MISSING and self.on_lost_value is not None:
                 self.on_lost_value(lane, entry, ref, client)
+            if why is not Finished.DONE and batch[position * FIELDS + 4][:1] == b"@":
+                self.forget_value(ref, entry)
         if waiters:
             self._start_chore(self._supply(lane, batch, waiters))
 
@@ -157,4 +164,4 @@ def _batches(outcomes: list[Any]) -> Iterator[list[Any]]:
 
 
 def _ignore(reply: Any) -> None:
-    """A notice is a hint: the caller finds out by itself."""
+    """A notice is a hint: the caller finds out by itself. What could not be deleted has a TTL."""

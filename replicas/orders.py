@@ -8,7 +8,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from millstream.broker import outcomes, scripts
 from millstream.broker.keys import DeploymentKeys
+from millstream.broker.supplying import Run, Supplier
 from millstream.replicas.execution import Executor, Running
 from millstream.replicas.streaming import Emitters
 
@@ -59,3 +61,9 @@ class Orders:
                 lane, entry = running.attempt.place
                 if place != b"%b %b" % (lane.encode(), entry) and self._executor.running.get((lane, entry)) is running:
                     self._take_away(lane, entry, kill=b"kill" in running.attempt.more)
+
+
+async def give_up(run: Run, supplier: Supplier, keys: DeploymentKeys, ref: bytes, why: str) -> None:
+    """Cancel a request that nobody waits for any more. Raises BrokerUnavailableError."""
+    _, waiters = await run(scripts.cancel(keys, outcomes.ENDED_TTL_S, why, [ref]))
+    await supplier.supply_all(keys.tag, waiters)

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from millstream.broker import scripts
@@ -37,7 +38,7 @@ from millstream.replicas.health import Health, check
 from millstream.replicas.intake import Intake
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Served, build
-from millstream.replicas.orders import Orders
+from millstream.replicas.orders import Orders, give_up
 from millstream.replicas.streaming import Emitters
 from millstream.replicas.updating import Updater
 
@@ -129,7 +130,8 @@ class Replica:
         supplier = Supplier(self._settings, self._run)
         finisher = Finisher(self._keys, int(config.result_ttl_s), supplier, self._start_chore)
         large = LargeValues(self._settings, self._keys, self._birth.replica)
-        self._emitters = Emitters(self._keys, codec, large, int(config.result_ttl_s))
+        cancel = partial(give_up, self._run, supplier, self._keys)
+        self._emitters = Emitters(self._keys, codec, large, int(config.result_ttl_s), cancel)
         executor = Executor(
             served,
             codec,
@@ -265,6 +267,7 @@ class Replica:
                 await sweeper.step(self._birth.tag)
                 await self._clock.set(self._ask)
                 await self._orders.check(self._ask)
+                await self._emitters.look()
                 if not await self._ask("EXISTS", self._keys.config):
                     self.stop()  # the deployment was removed; usually the launcher says so first
                 if self._control.is_orphaned:

@@ -46,7 +46,7 @@ local function extra_fields(ref, extras)
   if extras.payload then
     if redis.call('PERSIST', payloads .. ref) == 0 and redis.call('EXISTS', payloads .. ref) == 0 then return nil end
     redis.call('HSET', notes, ref .. ':payload', 1)
-    add('payload', 1)
+    add('payload', extras.payload)
   end
   local timeout_ms = finite(extras.timeout_ms) or default_timeout_ms
   if timeout_ms then

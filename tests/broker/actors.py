@@ -62,7 +62,7 @@ async def write_and_finish(link: Link, keys: DeploymentKeys) -> None:
     """Take everything; finish each with a large value, without ever waiting for an answer."""
     _, taken = await link.run(scripts.claim(keys, REPLICA, AT_MOST))
     for one in attempts_of(keys, taken):
-        link.set_parts(keys.value(one.ref, one.entry.decode()), [b"x" * 5000, b"y" * 5000], 60_000)
+        link.ask("SET", keys.value(one.ref, one.entry.decode()), b"x" * 5000 + b"y" * 5000, "PX", 60_000)
         outcome = (one.entry, one.ref, "", "succeeded", b"@10000")
         link.start(scripts.finish(keys, one.lane, 60, outcome), lambda reply: None)
         await anyio.lowlevel.checkpoint()

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import hiredis
@@ -102,84 +102,6 @@ async def test_messages_come_between_replies_and_disturb_none(
     assert replies == [[b"pong", str(number).encode()] for number in range(20)]
     assert [one.ref.encode() in message for one, message in zip(attempts, messages, strict=True)] == [True] * 20
     link.close()
-
-
-# large values
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        [b"whole"],
-        [b""],
-        [b"a\r\n", b"", memoryview(b"b\x00"), memoryview(bytearray(b"c" * 70_000))],
-        [bytes([number % 256]) * 50_000 for number in range(200)],  # 10 MB: more than a socket takes at once
-    ],
-    ids=["one", "empty", "several", "many"],
-)
-async def test_parts_are_stored_as_one_value_with_an_end(link: Link, redis: Control, parts: list[Any]) -> None:
-    answer = await link.set_parts("{a}:large", parts, 60_000)
-
-    assert answer == b"OK"
-    assert await redis.get("{a}:large") == b"".join(parts)
-    assert 0 < await redis.pttl("{a}:large") <= 60_000
-
-
-async def test_parts_go_between_other_commands_in_their_order(link: Link) -> None:
-    replies: list[Any] = []
-
-    collect(link, "ECHO", "before", into=replies)
-    stored = [link.set_parts(f"{{ä}}:{number}", [b"x" * 300_000, b"y"], 60_000) for number in range(5)]
-    collect(link, "STRLEN", "{ä}:4", into=replies)
-    collect(link, "ECHO", "after", into=replies)
-    await link.ask("PING")
-
-    assert [await one for one in stored] == [b"OK"] * 5
-    assert replies == [b"before", 300_001, b"after"]
-
-
-async def test_value_that_is_there_is_replaced_and_gets_another_end(link: Link, redis: Control) -> None:
-    await link.set_parts("{a}:large", [b"first"], 1000)
-
-    await link.set_parts("{a}:large", [b"sec", b"ond"], 60_000)
-
-    assert await redis.get("{a}:large") == b"second"
-    assert await redis.pttl("{a}:large") > 50_000
-
-
-async def test_parts_on_a_lost_link_are_answered_at_once(link: Link, redis: Control) -> None:
-    on_its_way = link.set_parts("{a}:large", [b"x" * 20_000_000], 60_000)
-    link.close()
-    await link.lost
-
-    for answer in (on_its_way, link.set_parts("{a}:large", [b"x"], 60_000)):
-        with pytest.raises(BrokerUnavailableError):
-            await answer
-    assert not await redis.exists("{a}:large")
-
-
-async def test_whoever_no_longer_waits_for_the_answer_disturbs_nobody(link: Link) -> None:
-    link.set_parts("{a}:large", [b"x"], 60_000).cancel()
-
-    assert await link.ask("ECHO", "next") == b"next"
-
-
-async def test_end_that_makes_no_sense_is_an_error_of_the_server(link: Link, redis: Control) -> None:
-    with pytest.raises(hiredis.ReplyError, match="invalid expire"):
-        await link.set_parts("{a}:large", [b"x"], 0)
-
-    assert await link.ask("ECHO", "next") == b"next"
-
-
-async def test_server_hangs_up_on_a_value_beyond_its_own_limit(start_server: Callable[..., Server]) -> None:
-    """Why the limit for values is checked before they are sent."""
-    server = start_server("--proto-max-bulk-len", str(1024 * 1024))
-    link = await dial(Settings(server.url), "test-link")
-
-    await link.set_parts("{a}:large", [b"x" * 1024 * 1024], 60_000)
-    with pytest.raises((BrokerUnavailableError, hiredis.ReplyError)):
-        await link.set_parts("{a}:large", [b"x" * 1024 * 1024, b"y"], 60_000)
-    await link.lost
 
 
 # losing it

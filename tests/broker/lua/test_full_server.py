@@ -224,7 +224,7 @@ async def test_large_arguments_are_refused_where_they_are_written(
     await fill()
 
     with pytest.raises(BackPressureError, match="raise its maxmemory"):
-        await link.set_parts(keys.payload(new_ref()), [b"x" * 100_000], 60_000)
+        await link.ask("SET", keys.payload(new_ref()), b"x" * 100_000, "PX", 60_000)
 
     link.close()
     assert not await redis.keys()

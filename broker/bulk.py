@@ -1,0 +1,324 @@
+"""Large values, in keys of their own, over connections of their own: in pieces, so that they hold up nobody else.
+
+One SET of 100 MB stops a server with an append-only file for half a second, and a GET of them an older one for a quarter; in
+pieces of this size neither stops it for more than a few milliseconds. What arrives is written where it stays: nothing is
+joined or copied.
+"""
+
+import asyncio
+import math
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import hiredis
+
+from millstream.broker.connection import backoff
+from millstream.broker.keys import DeploymentKeys
+from millstream.broker.link import dial, explain
+from millstream.config import Settings
+from millstream.errors import BrokerUnavailableError
+
+T = TypeVar("T")
+pack: Callable[[tuple[Any, ...]], bytes] = hiredis.pack_command
+PIECE_BYTES = 512 * 1024
+UNDER_WAY = 4  # pieces that are not acknowledged, or asked for and not here
+MOST_CONNECTIONS = 4  # values on their way at once, of one client or replica
+UNFINISHED_TTL_MS = 60_000  # of what has come of a value, since its last piece but UNFINISHED_PIECES
+UNFINISHED_PIECES = 32
+MOST_CUTS = 10  # connections lost under one value; more are no accident
+IN_A_THREAD_BYTES = 256 * 1024  # to sign more than that (about 0.3 ms) would hold up the loop
+
+Part = bytes | memoryview
+
+
+class Bulk:
+    """Writes and reads large values; belongs to one loop. Each value has a connection for itself while it is on its way.
+
+    A connection that is lost is replaced, and the value sent or read again, for `patience_s` (None: for ever). After that,
+    and after `close`, BrokerUnavailableError. A transfer that is cancelled gives its connection up.
+    """
+
+    def __init__(self, settings: Settings, name: str, *, patience_s: float | None) -> None:
+        self._settings, self._name, self._patience_s = settings, name, patience_s
+        self._idle: list[_Wire] = []
+        self._busy: set[_Wire] = set()
+        self._room = asyncio.Semaphore(MOST_CONNECTIONS)
+        self._is_closed = False
+
+    async def write(
+        self, keys: DeploymentKeys, key: str, parts: Sequence[Part], ttl_ms: int, *, only_new: bool = False
+    ) -> bool:
+        """Store parts, one after the other, as the value of one of these `keys`; they must not change meanwhile.
+
+        The key appears when all of it is there. With `only_new`, what it holds already stays, and the answer is False.
+        Raises BackPressureError where the server is full.
+        """
+
+        async def transfer(wire: _Wire) -> bool:
+            return await _write(wire, keys.arriving(os.urandom(8).hex()), key, parts, ttl_ms, only_new)
+
+        return await self._persistently(transfer)
+
+    async def read(self, key: str, size_bytes: int) -> memoryview | None:
+        """A value of that size, in memory of its own that may be written to; None if it is gone."""
+
+        async def transfer(wire: _Wire) -> memoryview | None:
+            return await _read(wire, key, size_bytes)
+
+        return await self._persistently(transfer)
+
+    def close(self) -> None:
+        self._is_closed = True
+        for wire in (*self._idle, *self._busy):
+            wire.close()
+
+    async def _persistently(self, transfer: Callable[["_Wire"], Awaitable[T]]) -> T:
+        delays, cuts = backoff(), 0
+        give_up = math.inf
+        while True:
+            try:
+                async with self._wire() as wire:
+                    return await transfer(wire)
+            except BrokerUnavailableError as e:
+                cuts += isinstance(e, _CutError)
+                if self._patience_s is not None:
+                    give_up = min(give_up, time.monotonic() + self._patience_s)
+                if self._is_closed or cuts >= MOST_CUTS or time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(next(delays))
+
+    @asynccontextmanager
+    async def _wire(self) -> AsyncIterator["_Wire"]:
+        """A connection to oneself. It is used again if all went well."""
+        async with self._room:
+            wire = await self._connected()
+            self._busy.add(wire)
+            try:
+                yield wire
+            except BaseException:
+                wire.close()
+                raise
+            finally:
+                self._busy.discard(wire)
+                if wire.is_up and not self._is_closed:
+                    self._idle.append(wire)
+
+    async def _connected(self) -> "_Wire":
+        while self._idle:
+            wire = self._idle.pop()
+            if wire.is_up:
+                return wire
+        if self._is_closed:
+            raise BrokerUnavailableError("this connection was closed; call again to open a new one")
+        link = await dial(self._settings, f"ms:bulk:{self._name}")
+        wire = _Wire()
+        wire.transport = link.hand_over(wire)
+        return wire
+
+
+class _CutError(BrokerUnavailableError):
+    """A connection was lost with a value on its way."""
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """One connection: what comes is read into the place where it is wanted."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport
+        self._scratch = bytearray(4096)  # for what comes while nobody wants it anywhere
+        self._read = bytearray()  # from there, and not used yet
+        self._target: memoryview | None = None
+        self._news: asyncio.Future[None] | None = None
+        self._is_paused = self._is_lost = False
+
+    @property
+    def is_up(self) -> bool:
+        return not self._is_lost
+
+    def close(self) -> None:
+        if not self._is_lost:
+            self.transport.abort()
+            self.connection_lost(None)
+
+    # asyncio.BufferedProtocol
+
+    def get_buffer(self, sizehint: int) -> memoryview | bytearray:
+        return self._scratch if self._target is None else self._target
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._target is None:
+            self._read += memoryview(self._scratch)[:nbytes]
+        else:
+            self._target = self._target[nbytes:]
+            if self._target:
+                return
+            self._target = None
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
+        self._tell()
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def _until_news(self) -> None:
+        if self._is_lost:
+            raise _CutError("the connection to the server was lost with a large value on its way")
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
+
+    # one thing at a time
+
+    async def send(self, *pieces: Part) -> None:
+        """Write, and return when there is room for more."""
+        for piece in pieces:
+            self.transport.write(piece)
+        while self._is_paused or self._is_lost:
+            await self._until_news()
+
+    async def line(self) -> bytes:
+        """The next line of a reply. Raises what an error reply stands for."""
+        while (end := self._read.find(b"\r\n")) < 0:
+            await self._until_news()
+        line = bytes(self._read[:end])
+        del self._read[: end + 2]
+        if line[:1] == b"-":
+            raise explain(hiredis.ReplyError(line[1:].decode(errors="replace")))
+        return line
+
+    async def fill(self, target: memoryview) -> None:
+        """Read exactly so much."""
+        have = min(len(self._read), len(target))
+        target[:have] = self._read[:have]
+        del self._read[:have]
+        if have < len(target):
+            self._target = target[have:]
+            try:
+                while self._target is not None:
+                    await self._until_news()
+            finally:
+                self._target = None
+
+
+async def _write(wire: _Wire, unfinished: str, key: str, parts: Sequence[Part], ttl_ms: int, only_new: bool) -> bool:
+    name = unfinished.encode()
+    expected: deque[bytes] = deque()
+
+    async def hear(at_most: int) -> None:
+        while len(expected) > at_most:
+            line, wanted = await wire.line(), expected.popleft()
+            if wanted and line != wanted:  # it has expired meanwhile
+                raise _CutError(f"what had arrived of a large value is gone (the server said {line!r})")
+
+    def expire(ttl_ms: int) -> bytes:
+        expected.append(b":1")
+        return pack(("PEXPIRE", name, ttl_ms))
+
+    for number, piece in enumerate(_cut(parts)):
+        size = sum(map(len, piece))
+        if number == 0:  # all or nothing: never without a TTL
+            await wire.send(pack(("MULTI",)), b"*3\r\n$5\r\nRPUSH\r\n")
+            expected += (b"+OK", b"+QUEUED", b"+QUEUED", b"*2", b":1")
+        else:
+            await wire.send(b"*3\r\n$6\r\nRPUSHX\r\n")
+            expected.append(b":%d" % (number + 1))
+        await wire.send(b"$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size), *piece, b"\r\n")
+        if number == 0:
+            await wire.send(expire(UNFINISHED_TTL_MS), pack(("EXEC",)))
+        elif number % UNFINISHED_PIECES == 0:
+            await wire.send(expire(UNFINISHED_TTL_MS))
+        await hear(UNDER_WAY)
+    await wire.send(expire(ttl_ms), pack(("RENAMENX" if only_new else "RENAME", name, key)))
+    await hear(0)
+    if await wire.line() == b":0":
+        await wire.send(pack(("UNLINK", name)))
+        await wire.line()
+        return False
+    return True
+
+
+async def _read(wire: _Wire, key: str, size_bytes: int) -> memoryview | None:
+    value = _allocate(size_bytes)
+    asked = came = position = 0
+    while position < size_bytes:
+        while asked - came < UNDER_WAY and (asked == came or position + (asked - came) * PIECE_BYTES < size_bytes):
+            await wire.send(pack(("LINDEX", key, asked)))
+            asked += 1
+        length = int((await wire.line())[1:])
+        if not 0 < length <= size_bytes - position:  # -1: there is no such piece
+            wire.close()  # with it, what we have asked for beyond this
+            return None
+        await wire.fill(value[position : position + length])
+        await wire.line()
+        came, position = came + 1, position + length
+    return value
+
+
+def _allocate(size_bytes: int) -> memoryview:
+    if size_bytes < PIECE_BYTES:
+        return memoryview(bytearray(size_bytes))
+    # A bytearray of 100 MB is filled with zeros first, which takes 100 ms; these pages come one by one, as they are used.
+    return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def _cut(parts: Sequence[Part]) -> Iterator[list[memoryview]]:
+    """Pieces of PIECE_BYTES, the last one shorter, each as slices of the parts."""
+    piece: list[memoryview] = []
+    room = PIECE_BYTES
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            piece.append(view[:room])
+            view, room = view[room:], room - min(room, len(view))
+            if not room:
+                yield piece
+                piece, room = [], PIECE_BYTES
+    if piece:
+        yield piece
+
+
+# what takes long
+
+
+async def aside(size_bytes: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function that signs or verifies so much: in a thread of ours if it would hold up the loop.
+
+    Not in the loop's own threads: the user's code may have filled them with calls that wait for us.
+    """
+    if size_bytes <= IN_A_THREAD_BYTES:
+        return function(*arguments)
+    return await asyncio.get_running_loop().run_in_executor(_threads(), function, *arguments)
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(2, thread_name_prefix="millstream-signing")
+    return _pool
+
+
+def _forget_threads() -> None:
+    """They stay with the parent of a fork."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_threads)
