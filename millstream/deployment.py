@@ -188,6 +188,7 @@ def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: An
 
 
 if TYPE_CHECKING:
+    from abc import ABCMeta
 
-    class DecoratedClass(Deployment[T_co], type):
+    class DecoratedClass(Deployment[T_co], ABCMeta):
         """The metaclass that the mypy plugin gives to a class under the decorator: so it has `bind` and the rest."""
