@@ -20,6 +20,7 @@ from mypy.types import (
     CallableType,
     FunctionLike,
     Instance,
+    Overloaded,
     ParamSpecType,
     Type,
     TypeAliasType,
@@ -130,7 +131,9 @@ def handle_of_method(name: str, ctx: AttributeContext) -> Type:
     handle, default = proper(ctx.type), proper(ctx.default_attr_type)
     if not isinstance(handle, Instance) or not handle.args or not isinstance(default, Instance):
         return default
-    return default.copy_modified(args=[method(ctx.api, handle.args[0], name, ctx.context)])
+    found = method(ctx.api, handle.args[0], name, ctx.context)
+    # Of overloads, only the first would be seen.
+    return default if isinstance(found, Overloaded) else default.copy_modified(args=[found])
 
 
 def called_by(api: CheckerPluginInterface, handle: Instance, at: Context) -> CallableType | None:

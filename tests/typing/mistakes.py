@@ -61,6 +61,7 @@ async def of_methods(model: DeploymentHandle[Model], blocking: SyncHandle[Model]
 async def of_kinds(silent: DeploymentHandle[Silent]) -> None:
     silent.call()  # E: Invalid self argument "DeploymentHandle[Silent]"  # E: "Silent" not callable
     serve.run(Model)  # E: Argument 1 to "run" has incompatible type "type[Model]"
+    double(3)  # E: not callable
     Model.deploy()  # E: "type[Model]" has no attribute "deploy"
 
 

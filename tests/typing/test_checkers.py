@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs import pages
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = pages.ROOT
 ERROR = re.compile(r"^\S+:(\d+): error: (.*?)(?:  \[[a-z-]+\])?$", re.MULTILINE)
 pytestmark = pytest.mark.timeout(300)  # mypy reads all of millstream, and the standard library's types
 
@@ -23,28 +25,38 @@ def run(*command: str | Path) -> str:
     return ran.stdout
 
 
-def mypy(config: Path, cache: Path, *names: str) -> str:
+def mypy(config: Path, cache: Path, *files: Path) -> str:
     options = ["--config-file", str(config), "--cache-dir", str(cache), "--no-error-summary"]
-    return run(sys.executable, "-m", "mypy", *options, *[HERE / f"{name}.py" for name in names])
+    return run(sys.executable, "-m", "mypy", *options, *files)
+
+
+def write_examples(folder: Path) -> list[Path]:
+    """The examples of the documentation: the first with the plugin, the second without."""
+    paths = []
+    for number, block in enumerate(pages.blocks(ROOT / "docs" / "typing.md", "python")):
+        paths.append(folder / f"example{number}.py")
+        paths[-1].write_text(block.text)
+    return paths
 
 
 def test_mypy_needs_no_plugin_for_results(tmp_path: Path) -> None:
     config = tmp_path / "mypy.ini"
     config.write_text("[mypy]\nstrict = true\n")
+    _, example = write_examples(tmp_path)
 
-    assert mypy(config, tmp_path, "undecorated") == ""
+    assert mypy(config, tmp_path, HERE / "undecorated.py", example) == ""
 
 
 def test_mypy_reports_mistakes_and_nothing_else(tmp_path: Path) -> None:
     """The second time it reads what it knows from its cache, where what the plugin has changed must be, too."""
-    files = "undecorated", "decorated", "methods", "oddities", "mistakes"
+    files = [HERE / f"{name}.py" for name in ("undecorated", "decorated", "methods", "oddities", "mistakes")]
     expected = [
         (number, part)
-        for number, line in enumerate((HERE / "mistakes.py").read_text().splitlines(), 1)
+        for number, line in enumerate(files[-1].read_text().splitlines(), 1)
         for part in line.split("  # E: ")[1:]
     ]
 
-    first, again = [mypy(ROOT / "pyproject.toml", tmp_path, *files) for _ in range(2)]
+    first, again = [mypy(ROOT / "pyproject.toml", tmp_path, *files, *write_examples(tmp_path)) for _ in range(2)]
 
     reported = [(int(number), message) for number, message in ERROR.findall(first)]
     assert len(reported) == len(first.splitlines())
@@ -55,6 +67,8 @@ def test_mypy_reports_mistakes_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("pyright"), reason="pyright is not installed")
 def test_pyright_says_the_same_of_results(tmp_path: Path) -> None:
-    printed = run("pyright", "--pythonpath", sys.executable, HERE / "undecorated.py", HERE / "decorated.py")
+    _, example = write_examples(tmp_path)
+
+    printed = run("pyright", "--pythonpath", sys.executable, HERE / "undecorated.py", HERE / "decorated.py", example)
 
     assert printed.strip() == "0 errors, 0 warnings, 0 informations"
