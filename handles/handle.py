@@ -391,11 +391,9 @@ if TYPE_CHECKING:
     # What options(stream=True) gives. Type checkers need a kind of its own: its `remote` is `stream`.
 
     class _Streaming(DeploymentHandle[T_co]):
-        remote = DeploymentHandle.stream  # type: ignore[assignment]
-
+        def remote(self: "_Streaming[Yields[R]]", *args: Any, **kwargs: Any) -> AsyncStream[R]: ...  # type: ignore[override]
         def __getattr__(self, name: str) -> "_Streaming[Any]": ...
 
     class _SyncStreaming(SyncHandle[T_co]):
-        remote = SyncHandle.stream  # type: ignore[assignment]
-
+        def remote(self: "_SyncStreaming[Yields[R]]", *args: Any, **kwargs: Any) -> Stream[R]: ...  # type: ignore[override]
         def __getattr__(self, name: str) -> "_SyncStreaming[Any]": ...

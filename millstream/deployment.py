@@ -37,11 +37,13 @@ class Deployment(Generic[T_co]):
         name = options.pop("name", None) or self.name
         return Deployment(self.func_or_class, _checked_name(name), self.config.updated(options))
 
-    def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(
-            f"deployment {self.name!r} is not called itself: deploy it with serve.run({self.name}.bind(...)) "
-            "and call the handle that returns"
-        )
+    if not TYPE_CHECKING:  # for type checkers it is an error that there is no such method
+
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            raise RuntimeError(
+                f"deployment {self.name!r} is not called itself: deploy it with serve.run({self.name}.bind(...)) "
+                "and call the handle that returns"
+            )
 
     def __repr__(self) -> str:
         return f"Deployment(name={self.name!r})"
@@ -201,6 +203,7 @@ def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: An
 
 
 if TYPE_CHECKING:
+    from abc import ABCMeta
 
-    class DecoratedClass(Deployment[T_co], type):
+    class DecoratedClass(Deployment[T_co], ABCMeta):
         """The metaclass that the mypy plugin gives to a class under the decorator: so it has `bind` and the rest."""

@@ -14,14 +14,18 @@ from typing import TypeGuard
 
 from mypy.nodes import GDEF, CallExpr, Context, Decorator, MemberExpr, NameExpr, TempNode, TypeInfo
 from mypy.plugin import AttributeContext, CheckerPluginInterface, ClassDefContext, MethodSigContext, Plugin
+from mypy.type_visitor import TypeTranslator
 from mypy.types import (
     AnyType,
     CallableType,
     FunctionLike,
     Instance,
+    Overloaded,
     ParamSpecType,
     Type,
+    TypeAliasType,
     TypeOfAny,
+    UninhabitedType,
     UnionType,
     UnpackType,
 )
@@ -55,8 +59,8 @@ class MillstreamPlugin(Plugin):
 
     def get_method_signature_hook(self, fullname: str) -> Callable[[MethodSigContext], FunctionLike] | None:
         owner, _, name = fullname.rpartition(".")
-        if owner in HANDLES and name in ("remote", "call", "stream"):
-            return self.check_call
+        if owner in HANDLES and name in ("remote", "call", "stream", "map"):
+            return partial(self.check_request, name)
         return self.check_bind if name == "bind" else None
 
     def instance(self, fullname: str, argument: Type) -> Instance:
@@ -64,31 +68,32 @@ class MillstreamPlugin(Plugin):
         assert found is not None and isinstance(found.node, TypeInfo)
         return Instance(found.node, [argument])
 
-    # the arguments of a request
+    # requests
 
-    def check_call(self, ctx: MethodSigContext) -> FunctionLike:
-        """Have mypy check this call as one of the method. What mypy asks for here, the signature, stays as it is.
+    def check_request(self, name: str, ctx: MethodSigContext) -> FunctionLike:
+        handle, default = proper(ctx.type), ctx.default_signature
+        called = called_by(ctx.api, handle, ctx.context) if isinstance(handle, Instance) else None
+        if called is None:
+            return default
+        if called.variables:
+            return default.accept(_AnyForNever())  # type: ignore[return-value]
+        if name != "map" and is_simple(called) and isinstance(ctx.context, CallExpr):
+            self.check_arguments(called, ctx.context, ctx)
+        return default
 
-        It is one of several overloads: if the arguments were wrong for all of them, mypy would list these, and not say
-        what is wrong.
+    def check_arguments(self, called: CallableType, call: CallExpr, ctx: MethodSigContext) -> None:
+        """Have mypy check this call as one of the method, with a ref or an un-awaited call in place of any argument.
+
+        Not by what it asks for here, a signature: that is one of several overloads, and if the arguments were wrong for all
+        of them, mypy would list these, and not say what is wrong.
         """
-        handle, call = proper(ctx.type), ctx.context
-        if isinstance(handle, Instance) and isinstance(call, CallExpr):
-            called = called_by(ctx.api, handle, call)
-            if called is not None:
-                check = CallExpr(TempNode(self.widened(called, ctx)), call.args, call.arg_kinds, call.arg_names)
-                check.set_line(call)
-                ctx.api.get_expression_type(check)
-        return ctx.default_signature
+        types = [UnionType([t, self.instance(OBJECT_REF, t), self.instance(REF_TASK, t)]) for t in called.arg_types]
+        expected = called.copy_modified(arg_types=types, name=ctx.default_signature.name)
+        check = CallExpr(TempNode(expected), call.args, call.arg_kinds, call.arg_names)
+        check.set_line(call)
+        ctx.api.get_expression_type(check)
 
-    def widened(self, function: CallableType, ctx: MethodSigContext) -> CallableType:
-        """With a ref or an un-awaited call in place of any argument."""
-        types = [
-            UnionType([one, self.instance(OBJECT_REF, one), self.instance(REF_TASK, one)]) for one in function.arg_types
-        ]
-        return function.copy_modified(arg_types=types, name=ctx.default_signature.name)
-
-    # the arguments of a constructor
+    # nodes
 
     def check_bind(self, ctx: MethodSigContext) -> FunctionLike:
         default, made = ctx.default_signature, proper(ctx.default_signature.ret_type)
@@ -96,7 +101,7 @@ class MillstreamPlugin(Plugin):
             return default  # somebody else's `bind`
         bound = proper(made.args[0])
         constructor = class_object(ctx.api, bound.type, ctx.context) if isinstance(bound, Instance) else bound
-        if not isinstance(constructor, CallableType) or constructor.variables:
+        if not isinstance(constructor, CallableType) or constructor.variables or constructor.unpack_kwargs:
             return default
         if not constructor.is_type_obj():
             return default.copy_modified(arg_types=[], arg_kinds=[], arg_names=[])  # a function
@@ -126,17 +131,32 @@ def handle_of_method(name: str, ctx: AttributeContext) -> Type:
     handle, default = proper(ctx.type), proper(ctx.default_attr_type)
     if not isinstance(handle, Instance) or not handle.args or not isinstance(default, Instance):
         return default
-    return default.copy_modified(args=[method(ctx.api, handle.args[0], name, ctx.context)])
+    found = method(ctx.api, handle.args[0], name, ctx.context)
+    # Of overloads, only the first would be seen.
+    return default if isinstance(found, Overloaded) else default.copy_modified(args=[found])
 
 
 def called_by(api: CheckerPluginInterface, handle: Instance, at: Context) -> CallableType | None:
-    """The function or method that a handle calls. None if nothing simple is known of it, such as overloads."""
+    """The function or method that a handle calls. None if that is not known, or has overloads."""
     target = proper(handle.args[0])
     called = method(api, target, "__call__", at) if isinstance(target, Instance) else target
-    if not isinstance(called, CallableType) or called.variables or called.unpack_kwargs:
-        return None
-    is_simple = not any(isinstance(proper(one), ParamSpecType | UnpackType) for one in called.arg_types)
-    return called if is_simple else None
+    return called if isinstance(called, CallableType) else None
+
+
+def is_simple(called: CallableType) -> bool:
+    """Has it annotations, and parameters that each stand for themselves?"""
+    stands_for_several = any(isinstance(proper(one), ParamSpecType | UnpackType) for one in called.arg_types)
+    return not (called.implicit or called.unpack_kwargs or stands_for_several)
+
+
+class _AnyForNever(TypeTranslator):
+    """For methods with type variables of their own: of what these return, mypy's overloads make Never."""
+
+    def visit_uninhabited_type(self, _: UninhabitedType) -> Type:
+        return AnyType(TypeOfAny.special_form)
+
+    def visit_type_alias_type(self, alias: TypeAliasType) -> Type:
+        return proper(alias).accept(self)
 
 
 def method(api: CheckerPluginInterface, owner: Type, name: str, at: Context) -> Type:

@@ -40,7 +40,7 @@ def function(x: int) -> int:
     return x
 
 
-# Not as decorators: type checkers take a decorated class for the class.
+# Not as decorators: some tests are about the classes themselves.
 Leaf = serve.deployment(name="Leaf")(LeafClass)
 Outer = serve.deployment(name="Outer")(OuterClass)
 
@@ -143,7 +143,7 @@ def test_auto_is_autoscaling() -> None:
 
 def test_calling_a_deployment_says_what_to_do_instead() -> None:
     with pytest.raises(RuntimeError, match=r"deploy it with serve\.run\(Leaf\.bind\(\.\.\.\)\)"):
-        Leaf(3)
+        Leaf(3)  # type: ignore[operator]
 
 
 # bind
