@@ -158,7 +158,13 @@ def _in_order(source: _Source, how: How) -> Iterator[Any]:
             in_flight.append(one)
         if not in_flight:
             break
-        yield _value(in_flight.popleft(), number, how)
+        one = in_flight.popleft()
+        one.wait(None)
+        try:
+            value = one.read()
+        except Exception as e:
+            value = _failed(e, number, how)
+        yield value
         number += 1
     source.finish()
 
@@ -177,23 +183,16 @@ def _as_completed(source: _Source, how: How) -> Iterator[Any]:
             break
         number, one = ended.get()
         yielded += 1
-        yield _value(one, number, how)
+        try:
+            value = one.read()
+        except Exception as e:
+            value = _failed(e, number, how)
+        yield value
     source.finish()
 
 
 def _put(ended: "queue.SimpleQueue[tuple[int, Cell | _Unsent]]", number: int, cell: Cell) -> None:
     ended.put((number, cell))
-
-
-def _value(one: Cell | _Unsent, number: int, how: How) -> Any:
-    one.wait(None)
-    try:
-        return one.read()
-    except Exception as e:
-        error = _with_place(e, number)
-    if how.return_exceptions:
-        return error
-    raise error
 
 
 # on an event loop
@@ -251,7 +250,8 @@ class _AsyncSource:
 
     def __init__(self, call: Call, items: Iterable[Any] | AsyncIterable[Any]) -> None:
         self._call = call
-        self._items = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
+        self._items: Iterator[Any] = iter(()) if isinstance(items, AsyncIterable) else iter(items)
+        self._async_items = aiter(items) if isinstance(items, AsyncIterable) else None
         self._count = 0
         self._is_over = False
         self._error: Exception | None = None
@@ -262,7 +262,7 @@ class _AsyncSource:
             return None
         number = self._count
         try:
-            item = await anext(self._items) if isinstance(self._items, AsyncIterator) else next(self._items)
+            item = next(self._items) if self._async_items is None else await anext(self._async_items)
             self._count += 1
             return self._call(number, item)
         except _CANNOT_BE_SENT as e:
@@ -289,7 +289,11 @@ async def _in_order_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
                 in_flight.append(one)
             if not in_flight:
                 break
-            yield await _value_async(in_flight.popleft(), number, how)
+            try:
+                value = await in_flight.popleft()
+            except Exception as e:
+                value = _failed(e, number, how)
+            yield value
             number += 1
     finally:
         for future in in_flight:
@@ -310,21 +314,16 @@ async def _as_completed_async(source: _AsyncSource, how: How) -> AsyncIterator[A
             if not in_flight:
                 break
             future = await ended.get()
-            yield await _value_async(future, in_flight.pop(future), how)
+            number = in_flight.pop(future)
+            try:
+                value = future.result()
+            except Exception as e:
+                value = _failed(e, number, how)
+            yield value
     finally:
         for future in in_flight:
             _disown(future)
     source.finish()
-
-
-async def _value_async(future: "asyncio.Future[Any]", number: int, how: How) -> Any:
-    try:
-        return await future
-    except Exception as e:
-        error = _with_place(e, number)
-    if how.return_exceptions:
-        return error
-    raise error
 
 
 def _disown(future: "asyncio.Future[Any]") -> None:
@@ -342,14 +341,18 @@ def _named(error: Exception, number: int) -> Exception:
     return named
 
 
-def _with_place(error: Exception, number: int) -> Exception:
-    """The same error, which says in a note which item it is of: where order does not matter, nothing else does."""
-    if isinstance(error, _CANNOT_BE_SENT):
-        return error
-    if not isinstance(error, TaskError):
-        error = same_kind(error)  # type: ignore[assignment] # one error may be that of many requests
-    error.add_note(f"(item {number} of map())")
-    return error
+def _failed(error: Exception, number: int, how: How) -> Exception:
+    """Return or raise it, with a note of which item it is of: where order does not matter, nothing else says so."""
+    own = error
+    if not isinstance(error, _CANNOT_BE_SENT):
+        if not isinstance(error, TaskError):
+            own = same_kind(error)  # type: ignore[assignment] # one error may be that of many requests
+        own.add_note(f"(item {number} of map())")
+    if how.return_exceptions:
+        return own
+    if own is error:
+        raise error
+    raise own from None
 
 
 @contextmanager
