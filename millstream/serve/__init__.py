@@ -30,6 +30,7 @@ from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
 from millstream.runtime import ensure_local, ensure_running, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
+from millstream.serve import config, exceptions, handle  # noqa: F401 - `serve.exceptions` is there, as in Ray
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, summarise
 
 __all__ = [
