@@ -21,6 +21,12 @@ class RefTask(asyncio.Task[ObjectRef]):
             self.ref.cancel_unmatched()
         return super().cancel(msg)
 
+    async def _to_object_ref(self) -> ObjectRef:
+        return await self  # Ray's way from a response to the ref of its value
+
+    def _to_object_ref_sync(self) -> ObjectRef:
+        return self.ref
+
 
 class Later(NamedTuple):
     """Stands in a pickled argument list for the value of a ref, which the replica puts in."""

@@ -1,16 +1,17 @@
 """`@serve.deployment`, `.bind()` and the graph they make: values that say what to run, with no side effects."""
 
 import copy
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 from millstream.broker.definitions import max_ongoing
 from millstream.broker.keys import check_name
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError
-from millstream.handles.handle import DeploymentHandle
+from millstream.handles.handle import DeploymentHandle, SyncHandle
 
 
 class Deployment:
@@ -33,6 +34,23 @@ class Deployment:
         """A copy with other options; the same names as `@serve.deployment`. Raises ConfigError."""
         name = options.pop("name", None) or self.name
         return Deployment(self.func_or_class, _checked_name(name), self.config.updated(options))
+
+    def deploy(self, *args: Any, _blocking: bool = True, **kwargs: Any) -> None:
+        """Ray's first API: `serve.run(self.bind(...), name=self.name)`."""
+        serve = importlib.import_module("millstream.serve")  # above us
+        serve.run(self.bind(*args, **kwargs), name=self.name, _blocking=_blocking)
+
+    def delete(self) -> None:
+        """Delete what `deploy` has deployed. No error if there is nothing."""
+        importlib.import_module("millstream.serve").delete(self.name)
+
+    @overload
+    def get_handle(self, sync: Literal[True] = True) -> SyncHandle: ...
+    @overload
+    def get_handle(self, sync: Literal[False]) -> DeploymentHandle: ...
+    def get_handle(self, sync: bool = True) -> Any:
+        """A handle of what `deploy` has deployed: one that blocks, or with sync=False one for an event loop."""
+        return (SyncHandle if sync else DeploymentHandle)(self.name, self.name)
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
