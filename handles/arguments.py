@@ -22,6 +22,12 @@ class RefTask(asyncio.Task[ObjectRef[T_co]]):
             self.ref.cancel_unmatched()
         return super().cancel(msg)
 
+    async def _to_object_ref(self) -> ObjectRef:
+        return await self  # Ray's way from a response to the ref of its value
+
+    def _to_object_ref_sync(self) -> ObjectRef:
+        return self.ref
+
 
 Argument: TypeAlias = A | ObjectRef[A] | RefTask[A]  # what may stand for an argument of type A
 

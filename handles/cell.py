@@ -11,7 +11,7 @@ from typing import Any
 
 from millstream.broker import outcomes
 from millstream.broker.codec import Codec, Verified
-from millstream.errors import BrokerUnavailableError, MillstreamError
+from millstream.errors import BrokerUnavailableError, MillstreamError, RequestCancelledError
 
 Watcher = Callable[["Cell"], None]
 
@@ -66,6 +66,11 @@ class Cell:
     def unsent_error(self) -> BaseException | None:
         """Why there will never be an outcome on the server, if that is so: refused, or its deployment cannot start."""
         return None if self.was_cut_off else self._error
+
+    @property
+    def was_cancelled(self) -> bool:
+        """On the server, or here before it was sent. A dependant of what was cancelled has failed."""
+        return isinstance(self._error, RequestCancelledError) or (self._stored or b"").startswith(b"cancelled")
 
     def settle(self, stored: bytes, large: Verified | None = None) -> None:
         """The request has ended; `stored` is what its result key holds, `large` what its value key does."""

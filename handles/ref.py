@@ -71,6 +71,17 @@ class ObjectRef(Generic[T_co]):
         """The id; Ray's name for it."""
         return self.id
 
+    @property
+    def request_id(self) -> str:
+        """The id; the name it has on Ray's `DeploymentResponse`."""
+        return self.id
+
+    async def _to_object_ref(self) -> "ObjectRef":
+        return self  # Ray's way from a response to the ref of its value: here they are one
+
+    def _to_object_ref_sync(self) -> "ObjectRef":
+        return self
+
     def __repr__(self) -> str:
         return f"ObjectRef({self.id})"
 
@@ -104,7 +115,8 @@ class ObjectRef(Generic[T_co]):
         return 0
 
     def cancelled(self) -> bool:
-        return False
+        """Was the request cancelled, as far as this process has heard?"""
+        return self._followed().was_cancelled
 
     def exception(self) -> BaseException | None:
         """The error of an ended request, None if it succeeded. asyncio.InvalidStateError before the end."""
@@ -197,8 +209,12 @@ class ObjectRef(Generic[T_co]):
         """Has the request ended, as far as this process has heard?"""
         return self._followed().has_ended
 
-    def result(self, timeout: float | None = None) -> T_co:
-        """Block for the value, at most `timeout` seconds. Raises the request's error, GetTimeoutError, RefNotFoundError."""
+    def result(self, timeout: float | None = None, *, timeout_s: float | None = None) -> T_co:
+        """Block for the value, at most `timeout` seconds. Raises the request's error, GetTimeoutError, RefNotFoundError.
+
+        `timeout_s` is Ray's name for `timeout`.
+        """
+        timeout = timeout_s if timeout is None else timeout
         cell = self._followed_off_loop()
         if not cell.has_ended:
             engines.warn_if_on_a_loop("ref.result()", "`await ref`")

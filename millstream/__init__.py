@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from millstream import exceptions as exceptions
     from millstream import serve as serve
     from millstream.errors import BackPressureError as BackPressureError
     from millstream.errors import BrokerUnavailableError as BrokerUnavailableError
@@ -59,12 +60,12 @@ _HOMES = {
     "ObjectRef": "millstream.handles.ref",
 }
 
-__all__ = ["__version__", "serve", *sorted(_HOMES)]  # noqa: PLE0604 - strings all
+__all__ = ["__version__", "serve", *sorted([*_HOMES, "exceptions"])]  # noqa: PLE0604 - strings all
 
 
 def __getattr__(name: str) -> Any:
-    if name == "serve":
-        return importlib.import_module("millstream.serve")
+    if name in ("exceptions", "serve"):
+        return importlib.import_module(f"millstream.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'millstream' has no attribute {name!r}")

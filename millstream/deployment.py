@@ -1,17 +1,18 @@
 """`@serve.deployment`, `.bind()` and the graph they make: values that say what to run, with no side effects."""
 
 import copy
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, TypeVar, overload
 
 from millstream.broker.definitions import max_ongoing
 from millstream.broker.keys import check_name
 from millstream.config import DeploymentConfig
 from millstream.errors import ConfigError
 from millstream.handles.generics import T, T_co
-from millstream.handles.handle import DeploymentHandle
+from millstream.handles.handle import DeploymentHandle, SyncHandle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,6 +37,23 @@ class Deployment(Generic[T_co]):
         """A copy with other options; the same names as `@serve.deployment`. Raises ConfigError."""
         name = options.pop("name", None) or self.name
         return Deployment(self.func_or_class, _checked_name(name), self.config.updated(options))
+
+    def deploy(self, *args: Any, _blocking: bool = True, **kwargs: Any) -> None:
+        """Ray's first API: `serve.run(self.bind(...), name=self.name)`."""
+        serve = importlib.import_module("millstream.serve")  # above us
+        serve.run(self.bind(*args, **kwargs), name=self.name, _blocking=_blocking)
+
+    def delete(self) -> None:
+        """Delete what `deploy` has deployed. No error if there is nothing."""
+        importlib.import_module("millstream.serve").delete(self.name)
+
+    @overload
+    def get_handle(self, sync: Literal[True] = True) -> SyncHandle[T_co]: ...
+    @overload
+    def get_handle(self, sync: Literal[False]) -> DeploymentHandle[T_co]: ...
+    def get_handle(self, sync: bool = True) -> Any:
+        """A handle of what `deploy` has deployed: one that blocks, or with sync=False one for an event loop."""
+        return (SyncHandle if sync else DeploymentHandle)(self.name, self.name)
 
     if not TYPE_CHECKING:  # for type checkers it is an error that there is no such method
 

@@ -5,12 +5,12 @@ import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from millstream import embedded
 from millstream.broker.connection import open_control
 from millstream.broker.registry import Registry, connect_registry
-from millstream.config import Settings, find_settings, state_folder
+from millstream.config import Settings, find_settings, redact, state_folder
 from millstream.errors import ConfigError
 from millstream.handles import engines
 from millstream.tree import Tree
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from millstream.replicas.local import LocalNode
 
 T = TypeVar("T")
+
+# What scripts pass to `ray.init` and what means nothing without a Ray cluster: accepted, so that code ports unchanged.
+IGNORED_BY_INIT = frozenset(
+    {
+        "configure_logging", "dashboard_host", "dashboard_port", "ignore_reinit_error", "include_dashboard", "job_config",
+        "local_mode", "log_to_driver", "logging_config", "logging_format", "logging_level", "num_cpus", "num_gpus",
+        "object_store_memory", "resources", "runtime_env", "storage",
+    }
+)  # fmt: skip
+NO_ADDRESS = ("auto", "local")  # Ray's words for "the cluster that there is" and "one of my own"
 
 _lock = threading.RLock()
 _tree: Tree | None = None
@@ -33,14 +43,23 @@ def init(
     namespace: str | None = None,
     secret_key: str | bytes | None = None,
     strict: bool | None = None,
+    address: str | None = None,
+    **of_ray: Any,
 ) -> Settings:
     """Choose the server of this process: `url`, MILLSTREAM_URL, or the embedded one that runs in this directory.
 
-    Without arguments it keeps what is in use (after `serve.run`, say).
+    Without arguments it keeps what is in use (after `serve.run`, say). `address` is Ray's name for `url`; "auto" and
+    "local" are as nothing. Other arguments of `ray.init` are accepted and have no effect.
 
     Checks that it answers and that the secret is the right one. Raises BrokerUnavailableError, SignatureError, or
-    ConfigError (also when `strict` and no secret is set). Calling it again with the same values changes nothing.
+    ConfigError (also when `strict` and no secret is set), TypeError for an unknown argument. Calling it again with the same values changes nothing.
     """
+    for name in of_ray.keys() - IGNORED_BY_INIT:
+        raise TypeError(f"init() got an unknown argument {name!r}; known are url, namespace, secret_key and strict")
+    if url is not None and address is not None:
+        raise ConfigError(f"url and address={redact(address)!r} are two names for one thing; drop one")
+    url = address if url is None else url
+    url = None if url in NO_ADDRESS else url
     if engines.is_initialized() and all(given is None for given in (url, namespace, secret_key, strict)):
         return engines.settings()
     settings = find_settings(url, namespace=namespace, secret_key=secret_key, strict=strict)

@@ -70,8 +70,9 @@ def imported(node: ast.AST) -> Iterator[tuple[str, bool]]:
 
 def read_modules() -> dict[str, Module]:
     paths = {path: f"millstream.{path.stem}" for path in (ROOT / "millstream").glob("*.py")}
-    for path in (ROOT / "millstream" / "cli").rglob("*.py"):
-        paths[path] = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("cli", "serve"):
+        for path in (ROOT / "millstream" / folder).rglob("*.py"):
+            paths[path] = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for part in PARTS:
         for path in (ROOT / part).rglob("*.py"):
             paths[path] = ".".join(("millstream", *path.relative_to(ROOT).with_suffix("").parts))

@@ -8,9 +8,10 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import DOWN
@@ -29,13 +30,16 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
-from millstream.runtime import ensure_local, ensure_running, trouble, with_registry
+from millstream.runtime import ensure_local, ensure_running, owns_processes, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
+from millstream.serve import config, exceptions, handle  # noqa: F401 - `serve.exceptions` is there, as in Ray
+from millstream.serve.v1 import Deployed, get_deployment, list_deployments
 from millstream.status import ApplicationStatus, DeploymentStatus, ReplicaStatus, ServeStatus, summarise
 
 __all__ = [
     "Application",
     "ApplicationStatus",
+    "Deployed",
     "Deployment",
     "DeploymentHandle",
     "DeploymentStatus",
@@ -48,10 +52,12 @@ __all__ = [
     "delete",
     "deployment",
     "get_app_handle",
+    "get_deployment",
     "get_deployment_handle",
     "get_multiplexed_model_id",
     "get_replica_context",
     "get_request_context",
+    "list_deployments",
     "multiplexed",
     "run",
     "shutdown",
@@ -63,15 +69,31 @@ POLL_S = 0.01  # while a deployment comes up
 PATIENCE_S = 30.0  # with a server that does not answer meanwhile; as long as a request is kept that cannot be sent
 
 
-def start(*, local: bool | None = None) -> None:
+def start(
+    *,
+    local: bool | None = None,
+    detached: bool = False,
+    http_options: Any = None,
+    grpc_options: Any = None,
+    proxy_location: Any = None,
+    logging_config: Any = None,
+    dedicated_cpu: bool = False,
+) -> None:
     """Start what is missing to serve: an embedded server, a launcher, an autoscaler. `run` does it by itself.
 
-    `local` is as there.
+    `local` is as there. The other arguments are Ray's and have no effect; with `detached=True` a warning says so where
+    something was started, because that ends with this process all the same.
     """
     if _is_local(local):
         ensure_local()
     else:
         ensure_running()
+    if detached and owns_processes():
+        warnings.warn(
+            "detached=True: what serve.start has started ends with this process all the same; to serve on without it, "
+            "run `millstream run module:app`",
+            stacklevel=2,
+        )
 
 
 def run(
@@ -81,6 +103,11 @@ def run(
     blocking: bool = False,
     timeout_s: float | None = None,
     local: bool | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    route_prefix: str | None = None,
+    logging_config: Any = None,
+    _blocking: bool = True,
     _local_testing_mode: bool = False,
 ) -> SyncHandle[T]:
     """Deploy an application and wait until it serves; the handle of its ingress.
@@ -98,16 +125,20 @@ def run(
     this process, on a private server (or the one that `millstream.init` has chosen), and nothing is scaled. Classes and
     functions are used as they are in memory; arguments are pickled, as everywhere.
 
+    `_blocking=False`, Ray's, does not wait until the application serves: requests do, and `status()` tells when it does,
+    or why it cannot (local mode waits all the same). `host`, `port`, `route_prefix` and `logging_config` are Ray's, for
+    HTTP and logs: without effect.
+
     Raises TypeError for anything but what `.bind()` returns, SerializationError, DeployFailedError (with the traceback
     of the constructor or of `reconfigure`), BrokerUnavailableError, TimeoutError after `timeout_s`, and ConfigError where
     launchers run and `local` is asked for, or the other way round.
     """
     nodes = compile_graph(target, _checked(name))
     if _is_local(True if _local_testing_mode else local):
-        _deploy_here(nodes, name, timeout_s)
+        _deploy_here(nodes, name, timeout_s, wait=_blocking)
     else:
         ensure_running()
-        _deploy_nodes(nodes, name, timeout_s)
+        _deploy_nodes(nodes, name, timeout_s, wait=_blocking)
     if blocking:
         _wait_for_interrupt()
     return SyncHandle(nodes[0].name, name)
@@ -122,13 +153,13 @@ def deploy_only(target: Application, *, name: str = "default", timeout_s: float 
     _deploy_nodes(compile_graph(target, _checked(name)), name, timeout_s)
 
 
-def _deploy_nodes(nodes: list[Node], app: str, timeout_s: float | None) -> None:
+def _deploy_nodes(nodes: list[Node], app: str, timeout_s: float | None, *, wait: bool = True) -> None:
     settings = engines.settings()
     new = [_new_deployment(settings, app, node, node.deployment.func_or_class) for node in nodes]
-    with_registry(lambda registry: deploy(registry, app, new, timeout_s))
+    with_registry(lambda registry: deploy(registry, app, new, timeout_s, wait=wait))
 
 
-def _deploy_here(nodes: list[Node], app: str, timeout_s: float | None) -> None:
+def _deploy_here(nodes: list[Node], app: str, timeout_s: float | None, *, wait: bool = True) -> None:
     """As `_deploy_nodes`, with the replicas on threads of this process."""
     node, settings = ensure_local(), engines.settings()
     from millstream.replicas.thread import Recipe  # loaded by now, while the server started
@@ -139,7 +170,11 @@ def _deploy_here(nodes: list[Node], app: str, timeout_s: float | None) -> None:
         sealed = _new_deployment(settings, app, one, by_name(target))
         new.append(replace(sealed, code=""))  # what is in memory may have changed: replicas are replaced each time
         recipes[tag] = Recipe(target, sealed.definition, one.config)
-    with_registry(lambda registry: deploy(registry, app, new, timeout_s, lambda record: node.host(record, recipes)))
+
+    async def host(record: AppRecord) -> None:
+        await node.host(record, recipes)
+
+    with_registry(lambda registry: deploy(registry, app, new, timeout_s, host, wait=wait))
 
 
 def _checked(name: str) -> str:
@@ -161,10 +196,12 @@ async def deploy(
     new: list[NewDeployment],
     timeout_s: float | None = None,
     host: Callable[[AppRecord], Awaitable[None]] | None = None,
+    *,
+    wait: bool = True,
 ) -> None:
     """Store an application and wait until it serves as stored; outages of the server are waited out, for PATIENCE_S.
 
-    `host` starts its replicas; without it launchers do. Raises DeployFailedError, TimeoutError, BrokerUnavailableError.
+    `host` starts its replicas; without it launchers do. With `wait=False` it is stored (and hosted) only. Raises DeployFailedError, TimeoutError, BrokerUnavailableError.
     """
     record = await registry.deploy(app, new[0].name, new)
     answered_at = time.monotonic()
@@ -173,7 +210,7 @@ async def deploy(
     if host is not None:
         with contextlib.suppress(TimeoutError):  # said below, with what is late
             await asyncio.wait_for(host(record), timeout_s)
-    while True:
+    while wait:
         try:
             late = await _not_up(registry, record)
             answered_at = time.monotonic()
@@ -295,3 +332,18 @@ def get_request_context() -> Request:
             "in its own task or thread (contextvars.copy_context() takes it along into others)"
         )
     return request
+
+
+# What Ray's module has and this one has not, and what to do instead.
+_INSTEAD = {
+    "connect": "millstream.init(url) chooses the server",
+    "ingress": "nothing here listens for HTTP: call handles from a web framework, as examples/fastapi_app does",
+    "run_many": "call serve.run() once for each application",
+    "shutdown_async": "await asyncio.to_thread(serve.shutdown)",
+}
+
+if not TYPE_CHECKING:  # a type checker should see that these are not there
+
+    def __getattr__(name: str) -> Any:
+        hint = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
+        raise AttributeError(f"module 'millstream.serve' has no attribute {name!r}{hint}")
