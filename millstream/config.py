@@ -282,8 +282,24 @@ def _translate(options: dict[str, Any]) -> dict[str, Any]:
     if values.get("num_replicas") is not None:
         values.setdefault("autoscaling", None)  # a fixed number ends the autoscaling it is set over
     if scaling is not None:
-        values["autoscaling"] = AutoscalingConfig(**_checked(AutoscalingConfig, _as_dict(scaling)))
+        values["autoscaling"] = AutoscalingConfig(**_checked(AutoscalingConfig, _renamed(_as_dict(scaling))))
     return _checked(DeploymentConfig, values)
+
+
+# Fields of Ray's AutoscalingConfig under the names they had before; metrics are read here, nobody has to push them.
+_FORMER = {
+    "target_num_ongoing_requests_per_replica": ("target_ongoing_requests",),
+    "smoothing_factor": ("upscaling_factor", "downscaling_factor"),
+    "upscale_smoothing_factor": ("upscaling_factor",),
+    "downscale_smoothing_factor": ("downscaling_factor",),
+    "metrics_interval_s": (),
+}
+
+
+def _renamed(scaling: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in scaling.items() if value is not None}  # None is Ray's "by default"
+    renamed = {new: given[old] for old, news in _FORMER.items() if old in given for new in news}
+    return {**renamed, **{name: value for name, value in given.items() if name not in _FORMER}}
 
 
 def _as_dict(scaling: Any) -> dict[str, Any]:

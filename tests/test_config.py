@@ -309,6 +309,20 @@ def test_autoscaling_config_may_be_a_value() -> None:
     assert DeploymentConfig().updated({"autoscaling_config": scaling}).autoscaling == scaling
 
 
+def test_former_names_of_autoscaling_fields_still_work() -> None:
+    former = {
+        "target_num_ongoing_requests_per_replica": 5,
+        "smoothing_factor": 0.5,
+        "upscale_smoothing_factor": 2.0,
+        "metrics_interval_s": 10,
+        "downscaling_factor": None,
+    }
+
+    scaling = DeploymentConfig().updated({"autoscaling_config": former}).autoscaling
+
+    assert scaling == AutoscalingConfig(target_ongoing_requests=5, upscaling_factor=2.0, downscaling_factor=0.5)
+
+
 def test_fixed_number_ends_autoscaling() -> None:
     config = DeploymentConfig().updated({"num_replicas": "auto"}).updated({"num_replicas": 3})
 
