@@ -73,7 +73,7 @@ async def test_next_attempt_goes_on_after_what_is_there(bench: Bench) -> None:
         assert await bench.produce_next_attempt(counting(8)) == 8
 
         await bench.holds(8)
-        assert (await inbox.take())[bench.one.ref].startswith(b"item 5\n")
+        assert int((await inbox.take())[bench.one.ref].partition(b"\n")[0][5:]) >= 5
     assert await bench.items() == list(range(8))
 
 
