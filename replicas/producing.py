@@ -55,8 +55,8 @@ class Producer:
                 if emitter.is_full:
                     await emitter.until_read()
                 elif self._loop.time() >= breath_at:
-                    emitter.flush()
                     await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # what the first one has woken up comes after us; now it has had its turn
                     breath_at = self._loop.time() + BREATH_S
         finally:
             if hasattr(generator, "aclose"):

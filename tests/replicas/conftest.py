@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from millstream.broker.connection import Control
+from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.handles import engines
 from tests.replica_helpers import Stage, keep_one_server
+from tests.replicas.streams import Bench
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -28,3 +31,11 @@ async def stage(connected: Settings) -> AsyncIterator[Stage]:
     stage = Stage(connected)
     yield stage
     await stage.drain()
+
+
+@pytest.fixture
+async def bench(settings: Settings, redis: Control, keys: DeploymentKeys) -> AsyncIterator[Bench]:
+    bench = Bench(settings, redis, keys)
+    await bench.start()
+    yield bench
+    await bench.close()
