@@ -22,7 +22,7 @@ from millstream.handles.cell import Cell
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.handles.ref import ObjectRef
 from tests.handles.elsewhere import run_elsewhere
-from tests.handles.held import Model, Notes
+from tests.handles.held import Notes
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving, cut
 
