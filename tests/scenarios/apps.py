@@ -79,6 +79,9 @@ class Broken:
     def __init__(self, message: str) -> None:
         raise RuntimeError(message)
 
+    def __call__(self) -> None:
+        """Never called."""
+
 
 @serve.deployment
 class Dying:

@@ -62,7 +62,7 @@ async def of_kinds(silent: DeploymentHandle[Silent]) -> None:
     silent.call()  # E: Invalid self argument "DeploymentHandle[Silent]"  # E: "Silent" not callable
     serve.run(Model)  # E: Argument 1 to "run" has incompatible type "type[Model]"
     double(3)  # E: not callable
-    Model.deploy()  # E: "type[Model]" has no attribute "deploy"
+    Model.unbind()  # E: "type[Model]" has no attribute "unbind"
 
 
 def of_nodes() -> None:
