@@ -95,3 +95,21 @@ def test_call_after_shutdown_fails_at_once_and_shutdown_twice_is_as_once(run: Ru
     with pytest.raises((BrokerUnavailableError, DeploymentNotFoundError)):
         handle.remote()
     assert time.monotonic() - begun < 5
+
+
+def test_options_of_rays_own_mechanisms_are_accepted() -> None:
+    handle = serve.get_deployment_handle("Model")
+
+    assert handle.options(use_new_handle_api=True, _prefer_local_routing=True, _by_reference=False) == handle
+
+
+def test_fetch_local_is_accepted(run: Run) -> None:
+    ref = run(Model.bind()).remote()
+
+    assert ray.wait([ref], fetch_local=False) == ([ref], [])
+
+
+def test_status_is_of_applications_only(run: Run) -> None:
+    run(Model.bind())
+
+    assert list(serve.status().to_dict()) == ["applications"]
