@@ -3,6 +3,7 @@
 # mypy: disable-error-code="attr-defined"
 
 import asyncio
+import inspect
 import json
 import time
 from typing import Any
@@ -113,3 +114,20 @@ def test_status_is_of_applications_only(run: Run) -> None:
     run(Model.bind())
 
     assert list(serve.status().to_dict()) == ["applications"]
+
+
+def test_defaults_of_batch_are_those_of_later_ray() -> None:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(serve.batch).parameters.items()}
+
+    assert defaults == {
+        "_func": None,
+        "max_batch_size": 10,
+        "batch_wait_timeout_s": 0.01,
+        "max_concurrent_batches": 1,
+        "batch_size_fn": None,
+    }
+
+
+def test_user_config_that_is_no_json_is_refused() -> None:
+    with pytest.raises(ValueError, match="user_config must be JSON-able"):
+        serve.deployment(user_config=object())(Model.func_or_class)
