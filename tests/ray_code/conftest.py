@@ -26,5 +26,5 @@ def run(_one_server: None) -> Iterator[Run]:
 
     serve.start(local=True)
     yield run
-    for name in serve.status().applications:
+    for name in serve.status().applications if millstream.is_initialized() else ():
         serve.delete(name)

@@ -42,8 +42,9 @@ class Model:
 @pytest.mark.parametrize("method", ["count", "count_sync"])
 def test_items_are_read_by_for_and_by_async_for(run: Run, method: str) -> None:
     handle = run(Model.bind()).options(method_name=method, stream=True)
+    stream: Any = handle.remote(3)
 
-    assert list(handle.remote(3)) == [0, 1, 2]
+    assert list(stream) == [0, 1, 2]
 
     async def go() -> list[int]:
         return [item async for item in serve.get_app_handle().options(method_name=method, stream=True).remote(3)]
