@@ -243,7 +243,12 @@ class Chores:
 
     def cancel_soon(self, ref_id: str) -> None:
         """As `cancel`, for who does not wait for it; without a connection, the request just goes on."""
-        self.start(_unless_down(self.cancel(ref_id)))
+        if not self._lines.has_been_up:  # nothing was sent yet, and to connect for this, at the end of a loop, is too late
+            tag, ref = split_ref(ref_id)
+            error = outcomes.cancelled(tag, ref.encode(), CANCELLED.encode())
+            self._hub.sender.withdraw(self._hub.route(tag), ref.encode(), error)
+            return
+        self.start(_unless_down(self.cancel, ref_id))
 
     def expire(self, tag: str, ref: bytes) -> None:
         """The time of a request of ours should be up: have the server decide. Without a server, it is up."""
@@ -256,7 +261,7 @@ class Chores:
             )
             self._hub.sender.withdraw(route, ref, error)
             return
-        self.start(_unless_down(self._expire(route, ref)))
+        self.start(_unless_down(self._expire, route, ref))
 
     async def _expire(self, route: Route, ref: bytes) -> None:
         await self.sent_before([f"{route.tag}~{ref.decode()}"])
@@ -306,9 +311,9 @@ class Chores:
             commands.send(_ignore, "UNLINK", route.keys.items(ref.decode()))
 
 
-async def _unless_down(chore: Coroutine[Any, Any, Any]) -> None:
+async def _unless_down(chore: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> None:
     try:
-        await chore
+        await chore(*arguments)  # made only here: the loop may end before we begin
     except MillstreamError:
         return
 

@@ -133,6 +133,8 @@ class _Handle:
             request.payload = route.codec.seal_parts("request", ref, encoded.body, self._method)
             request.extras = with_extra(extras, payload=1)
         if request.must_wait or request.mentions or request.payload:
+            for upstream in (*encoded.depends_on, *encoded.mentions):
+                upstream._send_ahead(engine)
             engine.chores.send(request)
             for upstream in encoded.depends_on:
                 upstream._if_never_sent(functools.partial(engine.give_up, route, ref))

@@ -21,7 +21,7 @@ class User(Protocol):
     """Who uses the lines, and hears of them."""
 
     def on_message(self, message: bytes) -> None: ...
-    async def on_first_up(self) -> None: ...
+    async def on_first_dial(self) -> None: ...
     async def on_back(self) -> None: ...
     def on_lost(self) -> None: ...
     def on_failed_try(self, error: BrokerUnavailableError) -> None: ...
@@ -106,6 +106,8 @@ class Lines:
                 self._connecting = None
 
     async def _dial_both(self) -> None:
+        if self._connector is None:
+            await self._user.on_first_dial()
         commands = await dial(self._settings, f"ms:client:{self._name}")
         try:
             replies = await dial(self._settings, f"ms:replies:{self._name}", self._user.on_message)
@@ -113,8 +115,6 @@ class Lines:
             commands.close()
             raise
         self.commands, self.replies = commands, replies
-        if self._connector is None:
-            await self._user.on_first_up()
 
     def _drop(self) -> None:
         for link in (self.commands, self.replies, self._bulk):

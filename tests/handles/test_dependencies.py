@@ -151,6 +151,17 @@ async def _is_gone(redis: Control, key: str) -> bool:
     return not await redis.exists(key)
 
 
+async def test_cancelled_task_fails_its_dependant_as_cancelled(serving: Serving) -> None:
+    handle, nobody = serving(Model), serving.deploy_only(Model)
+    task = nobody.remote(1)
+    dependant = await handle.remote(task)
+
+    task.cancel()  # before it is matched: as in Ray, that takes the request back
+
+    with pytest.raises(RequestCancelledError):
+        await asyncio.wait_for(dependant, 5)
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 async def test_cancelled_ref_fails_its_dependant_as_cancelled(serving: Serving, when: str) -> None:
     gate = Gate()
