@@ -243,7 +243,8 @@ class Chores:
 
     def cancel_soon(self, ref_id: str) -> None:
         """As `cancel`, for who does not wait for it; without a connection, the request just goes on."""
-        if not self._lines.has_been_up:  # nothing was sent yet, and to connect for this, at the end of a loop, is too late
+        if not self._lines.has_been_up:
+            # Nothing was sent yet, and to connect for this, perhaps at the end of the loop, is too late.
             tag, ref = split_ref(ref_id)
             error = outcomes.cancelled(tag, ref.encode(), CANCELLED.encode())
             self._hub.sender.withdraw(self._hub.route(tag), ref.encode(), error)

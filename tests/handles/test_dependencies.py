@@ -11,6 +11,7 @@ import millstream
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, split_ref
+from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
 from millstream.config import Settings
 from millstream.errors import BackPressureError, RefNotFoundError, ReplicaDiedError, RequestCancelledError
@@ -177,6 +178,18 @@ async def test_cancelled_ref_fails_its_dependant_as_cancelled(serving: Serving, 
         await asyncio.wait_for(dependant, 5)
     assert caught.value.ref_id == ref.id
     gate.open()
+
+
+async def test_deleting_a_deployment_fails_what_depends_on_its_requests(
+    serving: Serving, connected: Settings, redis: Control
+) -> None:
+    handle, going = serving(Model), serving.deploy_only(Model)
+    dependant = await handle.remote(handle.remote(going.remote(1)))
+
+    await Registry(redis, connected).delete(going.app_name)
+
+    with pytest.raises(RequestCancelledError, match=f"deployment {going.app_name}.Model was deleted"):
+        await asyncio.wait_for(dependant, 5)
 
 
 async def test_dead_letter_fails_its_dependant_as_dead(serving: Serving, connected: Settings, redis: Control) -> None:

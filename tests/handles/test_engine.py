@@ -15,8 +15,7 @@ from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
-from millstream.handles import chores, submitter
-from millstream.handles import engines, lines, patrol
+from millstream.handles import chores, engines, lines, patrol, submitter
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Route
 from tests.helpers import wait_until
