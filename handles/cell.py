@@ -139,9 +139,8 @@ class Cell:
             value = outcomes.open_stored(self.codec, self.ref, stored, large)
         except MillstreamError as e:
             raise e.with_traceback(None)  # noqa: B904 - it is the same one, without how we rebuilt it
-        with _lock:
-            if self._value is _UNREAD:
-                self._value = value
+        if self._value is _UNREAD:
+            self._value = value
         if outcomes.large_part(stored) is None:
             self._stored = stored[: stored.index(b"\n") + 1]  # the value is enough
         self._large = None

@@ -7,7 +7,7 @@ be asked, a deadline holds all the same.
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from millstream.broker import outcomes, scripts
@@ -47,7 +47,7 @@ class Endings:
             tag, ref = split_ref(ref_id)
             by_tag.setdefault(tag, []).append(ref.encode())
         for tag, refs in by_tag.items():
-            self._hub.start(_unless_down(self._cancel(tag, refs)))
+            self._hub.start(_unless_down(self._cancel, tag, refs))
 
     async def _cancel(self, tag: str, refs: list[bytes]) -> list[bytes]:
         """Those that this has ended."""
@@ -165,6 +165,6 @@ def _unreachable(tag: str, ref: bytes) -> RequestTimeoutError:
     )
 
 
-async def _unless_down(chore: Coroutine[Any, Any, Any]) -> None:
+async def _unless_down(chore: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> None:
     with contextlib.suppress(MillstreamError):
-        await chore
+        await chore(*arguments)  # made only here: the loop may end before we begin

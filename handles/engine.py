@@ -208,7 +208,7 @@ class Engine:
 
     # what the lines tell us
 
-    async def on_first_up(self) -> None:
+    async def on_first_dial(self) -> None:
         """From now on the end of the loop closes us."""
         if self._closer is None:
             self._closer = _close_with_loop(self)

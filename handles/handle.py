@@ -143,6 +143,8 @@ class _Handle:
         else:
             request.arguments, request.is_shared = encoded.body, options.idempotency_key is not None
         if request.must_wait or request.mentions or request.arguments or engine.chores.is_sending(ref):
+            for upstream in (*encoded.depends_on, *encoded.mentions):
+                upstream._send_ahead(engine)
             engine.chores.send(request)
             for upstream in encoded.depends_on:
                 upstream._if_never_sent(functools.partial(engine.give_up, route, ref))

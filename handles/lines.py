@@ -22,7 +22,7 @@ class User(Protocol):
     """Who uses the lines, and hears of them."""
 
     def on_message(self, message: bytes) -> None: ...
-    async def on_first_up(self) -> None: ...
+    async def on_first_dial(self) -> None: ...
     async def on_back(self) -> None: ...
     def on_lost(self) -> None: ...
     def on_failed_try(self, error: BrokerUnavailableError) -> None: ...
@@ -98,6 +98,8 @@ class Lines:
                 self._connecting = None
 
     async def _dial_both(self) -> None:
+        if self._connector is None:
+            await self._user.on_first_dial()
         commands = await dial(self._settings, f"ms:client:{self._name}")
         try:
             replies = await dial(self._settings, f"ms:replies:{self._name}", self._user.on_message)
@@ -105,8 +107,6 @@ class Lines:
             commands.close()
             raise
         self.commands, self.replies = commands, replies
-        if self._connector is None:
-            await self._user.on_first_up()
 
     def _drop(self) -> None:
         for link in (self.commands, self.replies):

@@ -237,6 +237,11 @@ class ObjectRef(Generic[T_co]):
         if self._cell is not None:
             self._cell.on_end(ended)
 
+    def _send_ahead(self, engine: Engine) -> None:
+        """This engine is about to speak of our request to the server, where ours may not have sent it yet. Any thread."""
+        if self._cell is not None and not self._cell.is_matched:
+            self._flush_to(engine)
+
     def _followed(self) -> Cell:
         """The cell, filled by some engine of this process."""
         return self._followed_off_loop() if engines.running_loop() is None else self._followed_here()
@@ -271,8 +276,7 @@ class ObjectRef(Generic[T_co]):
         self._is_shared = True  # by two engines: which of them may free it?
         cell = engine.cell_of(local.encode())
         if cell is None:
-            if self._cell is not None and not self._cell.is_matched:
-                self._flush_to(engine)
+            self._send_ahead(engine)
             route = engine.route(tag)
             cell = Cell(route.codec, local.encode())
             if engine.loop is engines.running_loop():

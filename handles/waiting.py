@@ -28,8 +28,8 @@ def get(refs: list[ObjectRef[T]], *, timeout: float | None = None) -> list[T]: .
 def get(refs: ObjectRef | list[ObjectRef[T]], *, timeout: float | None = None) -> Any:
     """Block for one value, or for a list of values in the order of the refs.
 
-    The first failure in list order is raised, without waiting for what comes after it. GetTimeoutError after `timeout` seconds in all (0 polls); the requests
-    go on. ValueError for anything but a ref or a list of refs.
+    The first failure in list order is raised, without waiting for what comes after it. GetTimeoutError after `timeout`
+    seconds in all (0 polls); the requests go on. ValueError for anything but a ref or a list of refs.
     """
     if isinstance(refs, ObjectRef):
         return refs.result(timeout)
@@ -103,6 +103,8 @@ def _check_wait(refs: Sequence[ObjectRef], num_returns: int, timeout: float | No
         raise TypeError("wait() takes a list of refs; this list holds something else")
     if len(set(refs)) != len(refs):
         raise ValueError("wait() takes each ref once; this list holds one twice")
+    if not isinstance(num_returns, int):
+        raise TypeError(f"num_returns={num_returns!r} must be a whole number")
     if refs and not 1 <= num_returns <= len(refs):
         raise ValueError(f"num_returns={num_returns} must be 1 to the number of refs, {len(refs)}")
     if timeout is not None and timeout < 0:

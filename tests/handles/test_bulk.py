@@ -18,7 +18,6 @@ from millstream.errors import (
 )
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle, SyncHandle
-from tests.handles.scripts import run_script
 from tests.handles.test_mapping import Counted, collect
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
@@ -374,38 +373,3 @@ def test_bar_counts_errors_too_and_is_gone_after_an_early_exit(
     mapping.close()
     assert list(handle.map(range(2), progress=True)) == [0, 1]
     assert "2/2" in capsys.readouterr().out
-
-
-# memory
-
-
-@pytest.mark.timeout(150)  # some 7 s on a machine that does nothing else
-@pytest.mark.parametrize(("how", "requests"), [("in order", 25_000), ("as completed", 25_000), ("on a loop", 100_000)])
-def test_a_hundred_thousand_requests_cost_the_caller_no_memory(serving: Serving, how: str, requests: int) -> None:
-    serving(Model)
-
-    script = f"""
-        def look(number):
-            if number in (10_000, {requests} - 1):
-                gc.collect()
-                with open("/proc/self/statm") as file:
-                    seen.append(int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024)
-
-        async def main():
-            number = 0
-            async for value in handle.map(range({requests})):
-                look(number)
-                number += 1
-
-        seen = []
-        if {how == "on a loop"}:
-            asyncio.run(main())
-        else:
-            for number, value in enumerate(sync.map(range({requests}), ordered={how == "in order"})):
-                look(number)
-        say(seen[1] - seen[0])
-    """
-
-    assert (
-        int(run_script(script, engines.settings(), dev=False, timeout_s=120)) < 4000
-    )  # kB; one request's traces take 1 kB and more

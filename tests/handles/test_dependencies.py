@@ -11,6 +11,7 @@ import millstream
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, split_ref
+from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
 from millstream.config import Settings
 from millstream.errors import BackPressureError, RefNotFoundError, ReplicaDiedError, RequestCancelledError
@@ -151,6 +152,17 @@ async def _is_gone(redis: Control, key: str) -> bool:
     return not await redis.exists(key)
 
 
+async def test_cancelled_task_fails_its_dependant_as_cancelled(serving: Serving) -> None:
+    handle, nobody = serving(Model), serving.deploy_only(Model)
+    task = nobody.remote(1)
+    dependant = await handle.remote(task)
+
+    task.cancel()  # before it is matched: as in Ray, that takes the request back
+
+    with pytest.raises(RequestCancelledError):
+        await asyncio.wait_for(dependant, 5)
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 async def test_cancelled_ref_fails_its_dependant_as_cancelled(serving: Serving, when: str) -> None:
     gate = Gate()
@@ -166,6 +178,18 @@ async def test_cancelled_ref_fails_its_dependant_as_cancelled(serving: Serving, 
         await asyncio.wait_for(dependant, 5)
     assert caught.value.ref_id == ref.id
     gate.open()
+
+
+async def test_deleting_a_deployment_fails_what_depends_on_its_requests(
+    serving: Serving, connected: Settings, redis: Control
+) -> None:
+    handle, going = serving(Model), serving.deploy_only(Model)
+    dependant = await handle.remote(handle.remote(going.remote(1)))
+
+    await Registry(redis, connected).delete(going.app_name)
+
+    with pytest.raises(RequestCancelledError, match=f"deployment {going.app_name}.Model was deleted"):
+        await asyncio.wait_for(dependant, 5)
 
 
 async def test_dead_letter_fails_its_dependant_as_dead(serving: Serving, connected: Settings, redis: Control) -> None:

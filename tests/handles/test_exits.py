@@ -123,6 +123,27 @@ def test_requests_of_all_kinds_may_be_under_way() -> None:
 
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("runner", ["asyncio.run", "__import__('uvloop').run"])
+def test_loop_may_end_before_its_first_connection_is_up(runner: str) -> None:
+    script = f"""
+        async def main(passes):
+            tasks = [handle.remote(x) for x in range(3)] + [handle.remote([handle.remote(1)])]
+            futures = [handle.call(1), handle.held.call(1)]
+            stream = handle.endless.stream()
+            for _ in range(passes):
+                await asyncio.sleep(0)
+
+        for passes in (0, 1, 2, 3, 5, 8, 13, 21):
+            {runner}(main(passes))
+            gc.collect()
+        say(sync.call("done"))
+    """
+
+    with quickly():
+        assert run_script(script, engines.settings()) == "done\n"
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("runner", ["asyncio.run", "__import__('uvloop').run"])
 def test_sys_exit_in_a_coroutine_with_requests_under_way(runner: str) -> None:
     script = f"""
         async def main():

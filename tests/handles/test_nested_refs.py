@@ -142,3 +142,48 @@ def test_blocking_callers_send_refs_inside_too(serving: Serving) -> None:
         thread.join()
 
     assert results == [2] * 8
+
+
+# tasks of one engine in requests of another
+
+
+@pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore:.*blocks the running event loop")
+@pytest.mark.parametrize("is_connected", [False, True])
+async def test_blocking_call_on_a_loop_takes_tasks_that_this_loop_has_not_sent_yet(
+    serving: Serving, is_connected: bool
+) -> None:
+    """As in a notebook that uses both kinds of handles."""
+    handle, reader = serving(Model), serving(Reader)
+    sync = millstream.SyncHandle(handle.deployment_name, handle.app_name)
+    if is_connected:
+        await handle.call()
+
+    assert sync.call(handle.remote(1)) == 3
+    assert sync.call(handle.remote(handle.remote(1)), handle.remote(5)) == 3 + 6 + 1
+    assert millstream.SyncHandle(reader.deployment_name, reader.app_name).blocks.call([handle.remote(1)]) == 2
+
+
+def test_task_of_one_loop_is_an_argument_in_another(serving: Serving) -> None:
+    handle = serving(Model)
+    made, used = threading.Event(), threading.Event()
+    tasks: list[Any] = []
+
+    async def make() -> None:
+        tasks.append(handle.remote(1))
+        made.set()
+        used.wait(5)  # it has no chance to be sent from here
+
+    async def use() -> int:
+        made.wait(5)
+        result: int = await asyncio.wait_for(handle.call(tasks[0]), 5)
+        used.set()
+        return result
+
+    maker = threading.Thread(target=lambda: asyncio.run(make()))
+    maker.start()
+    try:
+        assert asyncio.run(use()) == 3
+    finally:
+        used.set()
+        maker.join()

@@ -192,6 +192,12 @@ def test_wait_refuses_what_makes_no_sense(count: int, options: dict[str, Any], c
         millstream.wait(refs, **options)
 
 
+@pytest.mark.parametrize("number", [1.0, "1", None])
+def test_wait_takes_a_whole_number_only(number: Any) -> None:
+    with pytest.raises(TypeError, match="must be a whole number"):
+        millstream.wait([ObjectRef.from_id(UNKNOWN)], num_returns=number)
+
+
 def test_wait_refuses_duplicates() -> None:
     with pytest.raises(ValueError, match="holds one twice"):
         millstream.wait([ObjectRef.from_id(UNKNOWN), ObjectRef.from_id(UNKNOWN)])

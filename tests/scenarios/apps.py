@@ -69,6 +69,9 @@ class DiesBeforeItSupplies:
         Finisher._supply = _die  # type: ignore[method-assign, assignment]
         return value
 
+    async def pid(self) -> int:
+        return os.getpid()
+
 
 async def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -67,6 +67,7 @@ def test_graph_runs_on_when_its_submitter_is_killed(
 def test_request_whose_upstream_died_after_its_finish_is_supplied_and_runs_once(tmp_path: Path, ledger: Path) -> None:
     go = tmp_path / "go"
     worker, fragile = serve.run(Worker.bind(str(ledger))), serve.run(DiesBeforeItSupplies.bind(), name="fragile")
+    victim = fragile.pid.call()
     upstream = fragile.hold.remote("value", str(go))
     dependants = [worker.note.remote(str(n), upstream) for n in range(5)]
 
@@ -76,3 +77,4 @@ def test_request_whose_upstream_died_after_its_finish_is_supplied_and_runs_once(
     assert [one.result(15) for one in dependants] == [("value",)] * 5
     assert sorted(names(ledger)) == [str(n) for n in range(5)]
     assert upstream.status() == State.SUCCEEDED
+    assert fragile.pid.call() != victim, "it was killed"
