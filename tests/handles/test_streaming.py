@@ -322,20 +322,20 @@ class Outer:
 
 @pytest.mark.parametrize("method", ["doubled", "doubled_in_thread"])
 async def test_stream_may_be_made_of_another_deployments_stream(serving: Serving, method: str) -> None:
-    handle = serving.graph(Outer.bind(deployment(Model).bind()))  # type: ignore[attr-defined]
+    handle = serving.graph(Outer.bind(deployment(Model).bind()))
 
     assert await collect(getattr(handle, method).stream(300)) == [2 * n for n in range(300)]
 
 
 async def test_method_may_read_another_deployments_stream(serving: Serving) -> None:
-    handle = serving.graph(Outer.bind(deployment(Model).bind()))  # type: ignore[attr-defined]
+    handle = serving.graph(Outer.bind(deployment(Model).bind()))
 
     assert await handle.total.call(100) == sum(range(100))
 
 
 @pytest.mark.parametrize("method", ["doubled", "doubled_in_thread"])
 async def test_closing_a_stream_closes_the_one_it_is_made_of(serving: Serving, method: str) -> None:
-    handle = serving.graph(Outer.bind(deployment(Model).bind()))  # type: ignore[attr-defined]
+    handle = serving.graph(Outer.bind(deployment(Model).bind()))
     stream = getattr(handle, method).stream(100_000)
     await anext(stream)
 
