@@ -273,6 +273,7 @@ READERS: dict[bytes, Callable[[Any, str], Any]] = {
     b"hash": lambda pipe, name: pipe.hgetall(name),
     b"zset": lambda pipe, name: pipe.zrange(name, 0, -1, withscores=True),
     b"stream": lambda pipe, name: pipe.xrange(name),
+    b"list": lambda pipe, name: pipe.lrange(name, 0, -1),
 }
 
 

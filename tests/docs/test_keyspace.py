@@ -32,7 +32,7 @@ from tests.helpers import CALLER, REPLICA, asking, claim, deploy_config
 from tests.servers import Server
 
 LUA = pages.ROOT / "broker" / "lua"
-TYPES = {"hash": "hash", "stream": "stream", "string": "string", "sorted set": "zset"}
+TYPES = {"hash": "hash", "stream": "stream", "string": "string", "sorted set": "zset", "list": "list"}
 PLACEHOLDERS = {
     "<tag>": r"[\w-]+\.[\w-]+",
     "<ref>": r"[\w-]{22}",
