@@ -40,7 +40,8 @@ PLACEHOLDERS = {
     "<node>": r"[\w-]+",
     "<replica>": "r-[0-9a-f]{6}",
     "<client>": "[0-9a-f]{16}",
-    "<part>": r"[\d-]+",
+    "<name>": "[0-9a-f]{16}",
+    "<part>": r"[\d.-]+",
 }
 
 
@@ -142,9 +143,11 @@ def seed_what_no_handle_makes(client: "redis.Redis", queued: str) -> None:
     kept, cancelled, upstream = "k" * 22, "c" * 22, "u" * 22
     value, upstream_id = echo.value(upstream, "1-1"), f"default.Echo~{upstream}"
     extras = asking(want="matched", timeout_ms=3_600_000, attempts=2, kill=True, stream=4, payload=True).encode()
-    client.set(value, b"a large value", px=600_000)
+    arriving = echo.arriving("0123456789abcdef")
+    for key in (arriving, value, echo.payload(kept), echo.payload(cancelled)):
+        client.rpush(key, b"a piece", b"another")
+        client.pexpire(key, 600_000)
     for ref in (kept, cancelled):
-        client.set(echo.payload(ref), b"large arguments", px=600_000)
         hold = scripts.hold(
             echo, "", ref.encode(), "low", b"m", b"", extras=extras, delay_ms=3_600_000, depends_on=[upstream_id]
         )
