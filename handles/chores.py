@@ -49,8 +49,8 @@ class Chores:
             task.cancel()
 
     def unsent(self) -> list[Request]:
-        """What we have not sent yet, and somebody waits for. Any thread, while the loop stands still."""
-        return [request for ref, request in self._sending.items() if ref in self._hub.pending]
+        """What we have not sent yet, and somebody waits for. Any thread."""
+        return [request for ref, request in list(self._sending.items()) if ref in self._hub.pending]
 
     def adopt(self, request: Request) -> None:
         """Send a request of another engine of this process."""
@@ -189,9 +189,8 @@ class Chores:
         if not (request.delay_ms or request.due_ms):
             return
         delay_s = max(request.delay_ms / 1000, request.due_ms / 1000 - time.time(), 0.0)
-        bucket = (
-            int((self._hub.loop.time() + delay_s) * WAKES_PER_S) + 1
-        )  # what is due at about the same time wakes together
+        # What is due at about the same time wakes together.
+        bucket = int((self._hub.loop.time() + delay_s) * WAKES_PER_S) + 1
         if (request.route.tag, bucket) not in self._wakes:
             self._wakes.add((request.route.tag, bucket))
             self._hub.loop.call_at(bucket / WAKES_PER_S + 0.001, self._wake, request.route, bucket)
@@ -278,7 +277,3 @@ class Chores:
             return
         if state is not State.QUEUED:
             pending.match()
-
-
-def _ignore(reply: Any) -> None:
-    """A hint, or something with a TTL: nothing depends on it."""

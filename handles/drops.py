@@ -5,13 +5,15 @@ engine, they are left to their TTL: the second must find the result of the first
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from millstream.broker import outcomes
 from millstream.handles.cell import Cell
 from millstream.handles.lines import Lines
 from millstream.handles.route import Route
 
+T = TypeVar("T")
 AT_ONCE = 500  # keys in one command: more would stall the server
 
 
@@ -42,25 +44,24 @@ class Drops:
         self._abandoned.append(cell)
 
     def may_be_sent_twice(self, made_until: float) -> None:
-        """Keep the results of what was made up to then. For who has lost the answer to a submit, or lets another send it."""
+        """Keep the results of what was made up to then. For who has lost the answer to a submit, or lets another send it
+        (which looks after this for what is pending still). Any thread."""
         self.sure_after = max(self.sure_after, made_until)
         self._dropped.clear()
         self._large.clear()
 
     def flush(self) -> None:
         """Delete what was collected."""
-        for _ in range(len(self._abandoned)):
-            self._abandoned.popleft().on_end(self._free)
+        for cell in _taken(self._abandoned):
+            cell.on_end(self._free)
         commands = self._lines.commands
         if commands is None or not commands.is_up or not (self._dropped or self._large):
             return
         by_tag: dict[str, list[str]] = {}
-        for _ in range(len(self._dropped)):
-            tag, refs = self._dropped.popleft()
+        for tag, refs in _taken(self._dropped):
             prefix = self._route(tag).keys.result_prefix
             by_tag.setdefault(tag, []).extend([prefix + ref.decode() for ref in refs])
-        for _ in range(len(self._large)):
-            tag, ref, part = self._large.popleft()
+        for tag, ref, part in _taken(self._large):
             by_tag.setdefault(tag, []).append(self._route(tag).keys.value(ref, part))
         for keys in by_tag.values():
             for i in range(0, len(keys), AT_ONCE):
@@ -69,6 +70,16 @@ class Drops:
     def _free(self, cell: Cell) -> None:
         if cell.stored is not None:
             self.add(cell.codec.tag, cell.ref, cell.stored, cell.since)
+
+
+def _taken(queue: deque[T]) -> Iterator[T]:
+    """Take out what is there. Other threads may add to it, or clear it, meanwhile."""
+    for _ in range(len(queue)):
+        try:
+            one = queue.popleft()
+        except IndexError:
+            return
+        yield one
 
 
 def _ignore(reply: object) -> None:

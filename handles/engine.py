@@ -158,7 +158,7 @@ class Engine:
                 self.answered(pending, stored)
             else:
                 self.look_at(self.route(pending.codec.tag), [ref])
-        if private and pending is not None:
+        if private and pending is not None and sure_after == self.drops.sure_after:  # else another thread has them sent
             self.drops.add_all(pending.codec.tag, private)
 
     def look_at(self, route: Route, refs: list[bytes], *, listen: bool = False) -> None:

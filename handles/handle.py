@@ -91,11 +91,6 @@ class _Handle:
             model_id = caller.model_id  # a request passes it on
         return arguments.encode(self._what, args, kwargs, model_id)
 
-    def _belongs_to_caller(self, engine: Engine, pending: Pending) -> None:
-        """If we are in a request: this one ends with it. One with an idempotency key may be somebody else's, too."""
-        if (caller := context.current.get()) is not None and self._options.idempotency_key is None:
-            caller.sends(engine, pending)
-
     def _new_ref(self, engine: Engine, route: Route) -> bytes:
         key = self._options.idempotency_key
         return engine.new_ref() if key is None else route.codec.ref_of_key(key)
@@ -188,7 +183,8 @@ class DeploymentHandle(_Handle, Generic[T_co]):
         this is `stream`.
 
         Raises SerializationError at once; the task raises DeploymentNotFoundError, DeployFailedError,
-        BrokerUnavailableError, BackPressureError, RequestTimeoutError (no replica took it in time). The un-awaited task can be an argument of another call.
+        BrokerUnavailableError, BackPressureError, RequestTimeoutError (no replica took it in time). The un-awaited task
+        can be an argument of another call.
         """
         options = self._options
         if options.stream:
@@ -250,7 +246,8 @@ class DeploymentHandle(_Handle, Generic[T_co]):
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         self._submit(engine, route, pending, encoded, extras, until_queued)
-        self._belongs_to_caller(engine, pending)
+        if (caller := context.current.get()) is not None and self._options.idempotency_key is None:
+            caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
     async def _matched(self, cell: Cell, ref: ObjectRef, engine: Engine) -> ObjectRef:
         if not cell.is_matched:
@@ -373,7 +370,8 @@ class SyncHandle(_Handle, Generic[T_co]):
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         background.call(self._submit, engine, engine.route(self._tag), pending, encoded, extras, until_queued)
-        self._belongs_to_caller(engine, pending)
+        if (caller := context.current.get()) is not None and self._options.idempotency_key is None:
+            caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
     def _route_there(self) -> tuple[engines.Background, Engine, Route]:
         background = engines.background()

@@ -108,7 +108,8 @@ class Holding:
             commands.start(asked, lambda reply, tag=tag, named=named: self._watched(tag, named, reply))  # type: ignore[misc]
 
     def _answered(self, route: Route, batch: list[Request], reply: list[Submitted] | Exception) -> None:
-        if isinstance(reply, BrokerUnavailableError):
+        if isinstance(reply, BrokerUnavailableError):  # they may be held there
+            self._hub.drops.may_be_sent_twice(max(request.pending.since for request in batch))
             for request in batch:
                 self._take_over(request)
             return

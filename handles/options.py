@@ -60,11 +60,6 @@ class HandleOptions:
                 f"timeout_s={self.timeout_s} counts from submission and would pass within delay_s={self.delay_s}; "
                 "raise it, or lower the delay"
             )
-        if self.stream and self.idempotency_key is not None:
-            raise ConfigError(
-                f"stream=True and idempotency_key={self.idempotency_key!r} exclude each other: "
-                "a stream has one reader; drop one"
-            )
 
     @cached_property
     def plain(self) -> bytes:

@@ -64,8 +64,8 @@ class Line:
         return set(self._waiting)
 
     def requests(self) -> list[Any]:
-        """All of them, flat. Any thread, while the engine's loop stands still."""
-        return [part for patient in self._waiting.values() for part in patient.fields]
+        """All of them, flat. Any thread."""
+        return [part for patient in list(self._waiting.values()) for part in patient.fields]
 
     def join(self, patient: Patient) -> None:
         """Wait for room, behind those who came before. A ref that is in the line already keeps its place."""

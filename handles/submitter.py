@@ -118,9 +118,9 @@ class Submitter:
 
     def unacknowledged(self, route: Route) -> list[Any]:
         """All requests that the server may not have, flat; without those that have ended for their callers: they may have
-        run, and their results may be gone. Any thread, while the engine's loop stands still."""
+        run, and their results may be gone. Any thread."""
         line = self._patient.get(route.tag)
-        requests = [part for batch in route.unacknowledged for part in batch.requests] + route.buffer
+        requests = [part for batch in list(route.unacknowledged) for part in batch.requests] + route.buffer
         requests += line.requests() if line is not None else []
         return self._still_wanted(requests)
 

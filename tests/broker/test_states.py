@@ -8,7 +8,7 @@ import pytest
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import Ended, Finished, Submitted, Supplied
+from millstream.broker.scripts import Ended, Finished, Forestalled, Submitted, Supplied
 from millstream.broker.states import TERMINAL, TRANSITIONS, Event, State
 from tests.helpers import (
     BODY,
@@ -149,6 +149,8 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
             before = await redis.hlen(keys.open)
             await run(redis, scripts.discard(keys, "0", 60, "deleted", running=True))
             return before - await redis.hlen(keys.open)
+        case Event.FORESTALL:
+            return await run(redis, scripts.forestall(keys, ref, 60, "its caller cancelled it"))
         case Event.SUCCEED | Event.FAIL:
             outcome = (entry, ref.encode(), CALLER, "succeeded" if event == Event.SUCCEED else "failed", b"body")
             refused, _ = await run(redis, scripts.finish(keys, lane, 60, outcome))
@@ -170,6 +172,8 @@ def refusal(state: State | None, event: Event) -> Any:
             return []
         case Event.CANCEL | Event.EXPIRE:
             return [Ended.GONE]
+        case Event.FORESTALL:
+            return Forestalled.ENDED if state in TERMINAL else Forestalled.OPEN
         case Event.RELEASE | Event.BURY:
             return 0, 0
         case Event.SUCCEED | Event.FAIL if state in (State.SUCCEEDED, State.FAILED):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from millstream.config import Settings
-from millstream.handles import engines
+from millstream.handles import engines, lines
 from tests.handles.held import Notes
 from tests.replica_helpers import Serving, keep_one_server
 from tests.servers import Server
@@ -59,3 +59,9 @@ def notes() -> Iterator[Notes]:
     notes = Notes()
     yield notes
     notes.gate.open()
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is deleted twice a second is deleted fifty times a second."""
+    monkeypatch.setattr(lines, "LOOK_EVERY_S", 0.02)

@@ -11,7 +11,7 @@ import pytest
 from millstream import serve
 from millstream.broker.states import State
 from millstream.errors import RequestTimeoutError
-from millstream.handles.handle import DeploymentHandle
+from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.handles.ref import ObjectRef
 from tests.replica_helpers import Gate
 
@@ -111,3 +111,8 @@ def in_time(timeout_s: float = TIMEOUT_S, slack_s: float = SLACK_S) -> Iterator[
     with pytest.raises(RequestTimeoutError) as caught:
         yield caught
     assert timeout_s - 0.002 <= time.monotonic() - started < timeout_s + slack_s
+
+
+def blocking(handle: DeploymentHandle) -> SyncHandle:
+    """The same handle, for threads."""
+    return SyncHandle(handle.deployment_name, handle.app_name, handle._options)

@@ -13,10 +13,10 @@ from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import ConfigError, RequestCancelledError, RequestTimeoutError
 from millstream.handles import engines
-from millstream.handles.handle import DeploymentHandle, SyncHandle
+from millstream.handles.handle import DeploymentHandle
 from millstream.handles.ref import ObjectRef
 from tests.handles.elsewhere import run_elsewhere
-from tests.handles.held import Model, Notes
+from tests.handles.held import Model, Notes, blocking
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving, cut
 from tests.servers import Server
@@ -45,10 +45,6 @@ def _short(x: Any) -> Any:
     return x if not isinstance(x, bytes) else len(x)
 
 
-def blocking(handle: DeploymentHandle) -> SyncHandle:
-    return SyncHandle(handle.deployment_name, handle.app_name, handle._options)
-
-
 async def test_second_request_with_a_key_is_the_first_one(serving: Serving, notes: Notes) -> None:
     handle = serving(Ledger, notes)
     keyed = handle.options(idempotency_key="k")
@@ -62,7 +58,7 @@ async def test_second_request_with_a_key_is_the_first_one(serving: Serving, note
     assert await handle.counted.call() == {1: 1}
 
 
-@pytest.mark.parametrize("how", ["call", "remote", "queued", "sync call", "sync remote", "map"])
+@pytest.mark.parametrize("how", ["call", "remote", "queued", "sync call", "sync remote"])
 async def test_after_its_end_the_first_ones_result_is_the_answer(serving: Serving, how: str) -> None:
     handle = serving(Ledger)
     keyed = handle.options(idempotency_key="k")
@@ -77,13 +73,22 @@ async def test_after_its_end_the_first_ones_result_is_the_answer(serving: Servin
             value = await (await keyed.options(block_until="queued").remote(2))
         case "sync call":
             value = await anyio.to_thread.run_sync(blocking(keyed).call, 2)
-        case "sync remote":
-            value = await anyio.to_thread.run_sync(lambda: blocking(keyed).remote(2).result(5))
         case _:
-            (value,) = [value async for value in keyed.map([2])]
+            value = await anyio.to_thread.run_sync(lambda: blocking(keyed).remote(2).result(5))
 
     assert value == 1
     assert await handle.counted.call() == {1: 1}
+
+
+async def test_map_has_a_key_for_each_of_its_items(serving: Serving) -> None:
+    handle = serving(Ledger)
+    keyed = handle.options(idempotency_key="k")
+
+    first = [value async for value in keyed.map([1, 2, 3])]
+    again = [value async for value in keyed.map([4, 5, 6, 7])]
+
+    assert (first, again) == ([1, 2, 3], [1, 2, 3, 7])
+    assert await anyio.to_thread.run_sync(lambda: list(blocking(keyed).map([8, 9]))) == [1, 2]
 
 
 async def test_another_process_gets_the_same_request(serving: Serving, settings: Settings) -> None:
@@ -272,8 +277,8 @@ def test_key_must_be_a_text(key: Any) -> None:
 
 
 def test_stream_cannot_have_a_key() -> None:
-    with pytest.raises(ConfigError, match=r"stream=True and idempotency_key='k' exclude each other"):
-        DeploymentHandle("Model").options(stream=True, idempotency_key="k")
+    with pytest.raises(ConfigError, match=r"idempotency_key='k' is not for streams"):
+        DeploymentHandle("Model").options(stream=True, idempotency_key="k")._options.streaming  # noqa: B018
 
 
 async def test_any_text_is_a_key(serving: Serving) -> None:
