@@ -12,6 +12,7 @@ from millstream.broker.scripts import Call, Ended, Waiter
 from millstream.errors import BrokerUnavailableError
 from millstream.replicas import expiry
 from millstream.replicas.expiry import Expiry, ServerClock
+from tests.helpers import wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -86,8 +87,7 @@ async def test_running_request_is_ended_at_its_deadline_and_its_dependants_are_t
     started = time.monotonic()
 
     stage.expiry.watch(b"r", int(stage.clock.now_ms()) + 50)
-    while stage.answers:
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: not stage.answers)
     await stage.finish()
 
     assert 0.045 <= time.monotonic() - started < 0.3
@@ -99,8 +99,7 @@ async def test_where_our_clock_is_ahead_the_server_is_asked_again_at_its_own_tim
     started = time.monotonic()
 
     stage.expiry.watch(b"r", int(stage.clock.now_ms()))
-    while stage.answers:
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: not stage.answers)
     await stage.finish()
 
     assert 0.035 <= time.monotonic() - started < 0.3
@@ -111,8 +110,7 @@ async def test_what_needs_no_end_from_us_is_left_alone(answer: Answer) -> None:
     stage = Stage(answer)
 
     stage.expiry.watch(b"r", int(stage.clock.now_ms()))
-    while stage.answers:
-        await asyncio.sleep(0.001)
+    await wait_until(lambda: not stage.answers)
     await stage.finish()
 
     assert stage.supplied == []
