@@ -89,7 +89,8 @@ class Chores:
         try:
             await self._until_acknowledged(route, pending, step)
         finally:
-            del self._sending[pending.ref]
+            if self._sending.get(pending.ref) is request:  # not a second one with the same idempotency key
+                del self._sending[pending.ref]
             request.acknowledge()
 
     async def _offer(self, request: Request) -> Submitted | None:
