@@ -92,7 +92,8 @@ class Chores:
 
     def _forget(self, request: Request) -> None:
         """It is sent, or never will be."""
-        if self._sending.pop(request.pending.ref, None) is not None:
+        if self._sending.get(request.pending.ref) is request:  # not a second one with the same idempotency key
+            del self._sending[request.pending.ref]
             self._sending_bytes -= request.size_bytes
         request.acknowledge()
 

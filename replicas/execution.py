@@ -313,6 +313,7 @@ class Executor:
         running = Running(attempt, Request(self._ref_prefix + attempt.ref.decode(), ""), self._loop.time())
         writing = self._loop.create_task(self._large.write_value(attempt.ref, attempt.entry.decode(), body))
         running.future, self.running[attempt.place] = writing, running
+        self._notice(attempt)  # what ran at once has not said so: the result would have
 
         def written(done: asyncio.Future[bytes]) -> None:
             self.running.pop(attempt.place, None)
