@@ -17,6 +17,7 @@ else:
 
 T = TypeVar("T")
 R = TypeVar("R")  # what a method returns, or a generator yields
+R_co = TypeVar("R_co", covariant=True)
 A = TypeVar("A")  # what it takes
 
 # Overloads in this order: to a type checker, an async method is also a plain one, which returns a coroutine.

@@ -3,19 +3,19 @@
 import asyncio
 import functools
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, Unpack, overload
 
 from millstream.broker.keys import deployment_tag
 from millstream.errors import RequestCancelledError
 from millstream.handles import arguments, context, engines, mapping
-from millstream.handles.arguments import Argument, RefTask
+from millstream.handles.arguments import RefTask
 from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co, Yields
-from millstream.handles.mapping import Choices, Many
+from millstream.handles.map_types import AsyncMixed, Choices, Collecting, Many, Mixed, Several
 from millstream.handles.options import HandleOptions, checked
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Request, Route
@@ -151,10 +151,7 @@ class _Handle:
 
 
 class DeploymentHandle(_Handle, Generic[T_co]):
-    """The asynchronous handle: for code on an event loop, and inside other deployments.
-
-    A request is sent at the call, not at the first await.
-    """
+    """The asynchronous handle, for event loops and inside other deployments. It sends at the call, not at the await."""
 
     if TYPE_CHECKING:
 
@@ -229,9 +226,11 @@ class DeploymentHandle(_Handle, Generic[T_co]):
     def map(self: "DeploymentHandle[Async1[A, R]]", iterable: Many[A], **how: Unpack[Choices]) -> AsyncIterator[R]: ...
     @overload
     def map(self: "DeploymentHandle[Plain1[A, R]]", iterable: Many[A], **how: Unpack[Choices]) -> AsyncIterator[R]: ...
-    def map(
-        self: "DeploymentHandle[Any]", iterable: Iterable[Any] | AsyncIterable[Any], **how: Unpack[Choices]
-    ) -> AsyncIterator[Any]:
+    @overload
+    def map(self: "DeploymentHandle[Async1[A, R]]", iterable: Many[A], **how: Unpack[Collecting]) -> AsyncMixed[R]: ...
+    @overload
+    def map(self: "DeploymentHandle[Plain1[A, R]]", iterable: Many[A], **how: Unpack[Collecting]) -> AsyncMixed[R]: ...
+    def map(self: "DeploymentHandle[Any]", iterable: Many[Any], **how: Any) -> AsyncIterator[Any]:
         """As `mapping.async_map` says: an async iterator of the values of one call per item."""
         return mapping.async_map(self, iterable, **how)
 
@@ -334,14 +333,14 @@ class SyncHandle(_Handle, Generic[T_co]):
         return Stream(cell)
 
     @overload
-    def map(
-        self: "SyncHandle[Async1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[Choices]
-    ) -> Iterator[R]: ...
+    def map(self: "SyncHandle[Async1[A, R]]", iterable: Several[A], **how: Unpack[Choices]) -> Iterator[R]: ...
     @overload
-    def map(
-        self: "SyncHandle[Plain1[A, R]]", iterable: Iterable[Argument[A]], **how: Unpack[Choices]
-    ) -> Iterator[R]: ...
-    def map(self: "SyncHandle[Any]", iterable: Iterable[Any], **how: Unpack[Choices]) -> Iterator[Any]:
+    def map(self: "SyncHandle[Plain1[A, R]]", iterable: Several[A], **how: Unpack[Choices]) -> Iterator[R]: ...
+    @overload
+    def map(self: "SyncHandle[Async1[A, R]]", iterable: Several[A], **how: Unpack[Collecting]) -> Mixed[R]: ...
+    @overload
+    def map(self: "SyncHandle[Plain1[A, R]]", iterable: Several[A], **how: Unpack[Collecting]) -> Mixed[R]: ...
+    def map(self: "SyncHandle[Any]", iterable: Several[Any], **how: Any) -> Iterator[Any]:
         """As `mapping.sync_map` says: an iterator of the values of one call per item."""
         return mapping.sync_map(self, iterable, **how)
 
@@ -387,8 +386,7 @@ def _raise_if_lost(cell: Cell) -> None:
             return  # before it was sent; as where the server was told
 
 
-if TYPE_CHECKING:
-    # What options(stream=True) gives. Type checkers need a kind of its own: its `remote` is `stream`.
+if TYPE_CHECKING:  # what options(stream=True) gives: a kind of its own, because its `remote` is `stream`
 
     class _Streaming(DeploymentHandle[T_co]):
         def remote(self: "_Streaming[Yields[R]]", *args: Any, **kwargs: Any) -> AsyncStream[R]: ...  # type: ignore[override]

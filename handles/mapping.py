@@ -11,30 +11,18 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import Any, NamedTuple, Protocol, Unpack, overload
 
 from millstream.broker.outcomes import same_kind
 from millstream.errors import ConfigError, PayloadTooLargeError, SerializationError, TaskError
 from millstream.handles import engines
-from millstream.handles.arguments import Argument
 from millstream.handles.cell import Cell
-from millstream.handles.generics import A
+from millstream.handles.generics import R, R_co
+from millstream.handles.map_types import AsyncMixed, Choices, Collecting, ManyRows, Mixed, Rows
 
 Send = Callable[[int, Any], Cell]  # number of the item, item
 Call = Callable[[int, Any], "asyncio.Future[Any]"]
 _CANNOT_BE_SENT = (SerializationError, PayloadTooLargeError)
-
-
-Many: TypeAlias = Iterable[Argument[A]] | AsyncIterable[Argument[A]]
-
-
-class Choices(TypedDict, total=False):
-    """The keywords of `map`, for its overloads."""
-
-    max_in_flight: int
-    ordered: bool
-    progress: bool
-    return_exceptions: bool
 
 
 class How(NamedTuple):
@@ -53,15 +41,16 @@ class How(NamedTuple):
 # for blocking callers
 
 
-class _Blocking(Protocol):
-    """A SyncHandle."""
+class _Blocking(Protocol[R_co]):
+    """A SyncHandle, by what its calls give."""
 
-    def _of_item(self, number: int) -> "_Blocking": ...
+    def call(self, *args: Any, **kwargs: Any) -> R_co: ...
+    def _of_item(self, number: int) -> "_Blocking[R_co]": ...
     def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell: ...
 
 
 def sync_map(
-    self: _Blocking,
+    self: _Blocking[Any],
     iterable: Iterable[Any],
     *,
     max_in_flight: int = 1000,
@@ -79,9 +68,13 @@ def sync_map(
     return _map_sync(lambda n, item: self._of_item(n)._call_cell((item,), {}, snapshot=True), iterable, how)
 
 
+@overload
+def sync_starmap(self: _Blocking[R], iterable: Rows, **how: Unpack[Choices]) -> Iterator[R]: ...
+@overload
+def sync_starmap(self: _Blocking[R], iterable: Rows, **how: Unpack[Collecting]) -> Mixed[R]: ...
 def sync_starmap(
-    self: _Blocking,
-    iterable: Iterable[Iterable[Any]],
+    self: _Blocking[Any],
+    iterable: Rows,
     *,
     max_in_flight: int = 1000,
     ordered: bool = True,
@@ -198,15 +191,15 @@ def _put(ended: "queue.SimpleQueue[tuple[int, Cell | _Unsent]]", number: int, ce
 # on an event loop
 
 
-class _Awaited(Protocol):
-    """A DeploymentHandle."""
+class _Awaited(Protocol[R]):
+    """A DeploymentHandle, by what its calls give."""
 
-    def _of_item(self, number: int) -> "_Awaited": ...
-    def call(self, *args: Any, **kwargs: Any) -> "asyncio.Future[Any]": ...
+    def _of_item(self, number: int) -> "_Awaited[R]": ...
+    def call(self, *args: Any, **kwargs: Any) -> "asyncio.Future[R]": ...
 
 
 def async_map(
-    self: _Awaited,
+    self: _Awaited[Any],
     iterable: Iterable[Any] | AsyncIterable[Any],
     *,
     max_in_flight: int = 1000,
@@ -224,9 +217,13 @@ def async_map(
     return _map_async(lambda n, item: self._of_item(n).call(item), iterable, how)
 
 
+@overload
+def async_starmap(self: _Awaited[R], iterable: ManyRows, **how: Unpack[Choices]) -> AsyncIterator[R]: ...
+@overload
+def async_starmap(self: _Awaited[R], iterable: ManyRows, **how: Unpack[Collecting]) -> AsyncMixed[R]: ...
 def async_starmap(
-    self: _Awaited,
-    iterable: Iterable[Iterable[Any]] | AsyncIterable[Iterable[Any]],
+    self: _Awaited[Any],
+    iterable: ManyRows,
     *,
     max_in_flight: int = 1000,
     ordered: bool = True,

@@ -123,6 +123,9 @@ async def many(greeter: DeploymentHandle[Greeter], square: DeploymentHandle[Squa
     assert_type([text async for text in greeter.map(["Ada", "Eve"])], list[str])
     assert_type([x async for x in square.map(range(3), ordered=False, max_in_flight=2)], list[int])
     assert_type([x async for x in square.map([square.remote(2), 3])], list[int])
+    assert_type([x async for x in square.map([2, 3], return_exceptions=True)], list[int | Exception])
+    assert_type([text async for text in greeter.starmap([("Ada", "!"), ["Eve"]], max_in_flight=2)], list[str])
+    assert_type([x async for x in square.starmap([[2], "no"], return_exceptions=True)], list[int | Exception])
 
 
 async def streams(count: DeploymentHandle[Count], letters: DeploymentHandle[Letters]) -> None:
@@ -136,6 +139,7 @@ async def batches(lengths: DeploymentHandle[Lengths]) -> None:
     """Called with one value for each list, and answered with one."""
     assert_type(await lengths.call("abc"), int)
     assert_type([length async for length in lengths.map(["a", "bc"])], list[int])
+    assert_type([one async for one in lengths.map(["a"], return_exceptions=True)], list[int | Exception])
 
 
 async def functions(
@@ -163,6 +167,7 @@ async def unknown(handle: DeploymentHandle) -> None:
     assert_type(await (await handle.remote(3)), Any)
     assert_type(await handle.half.call(handle.remote(3)), Any)
     assert_type([x async for x in handle.map([1, 2])], list[Any])
+    assert_type([x async for x in handle.starmap([[1]])], list[Any])
     assert_type(await handle.options(method_name="half").call(3), Any)
 
 
@@ -180,6 +185,8 @@ def blocking(greeter: SyncHandle[Greeter], square: SyncHandle[Square], count: Sy
     ref = assert_type(greeter.remote("Ada"), ObjectRef[str])
     assert_type(ref.result(), str)
     assert_type(list(square.map([1, 2])), list[int])
+    assert_type(list(greeter.map(["Ada"], return_exceptions=True)), list[str | Exception])
+    assert_type(list(greeter.starmap([("Ada", "!")])), list[str])
     assert_type(count.stream(3), Stream[int])
     assert_type(list(count.stream(3)), list[int])
     assert_type(list(count.options(stream=True).remote(3)), list[int])
