@@ -21,7 +21,7 @@ demo: setup ## replicas from zero to several and back, over real data, in about 
 	@$(BIN)/python -m examples.digits
 
 test: setup ## all tests, on every server that is installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-fast: setup ## the tests that start no processes of ours, on one server
 	$(BIN)/python -m pytest -m "not processes" --servers fake,valkey
