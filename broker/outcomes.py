@@ -37,11 +37,10 @@ def is_item(stored: bytes) -> bool:
 def large_part(stored: bytes) -> str | None:
     """Where the value lies in a key of its own: the last part of that key's name (`DeploymentKeys.value`)."""
     header, _, body = stored.partition(b"\n")
-    if body[:1] != b"@":
+    if body[:1] != b"@" or not header.startswith((b"succeeded", b"item ")):  # the rest is text, and may begin with anything
         return None
-    if header[:5] == b"item ":
-        return body.split()[1].decode()  # "@<bytes> <part>"
-    return header.rpartition(b" ")[2].decode() if header[:9] == b"succeeded" else None  # else it is text
+    size_and_part = body.split()  # of an item it is said: it is not its number alone
+    return (size_and_part[1] if len(size_and_part) > 1 else header.rpartition(b" ")[2]).decode()
 
 
 def large_size(stored: bytes) -> int:

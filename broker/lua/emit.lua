@@ -7,7 +7,7 @@
 -- ARGV  1 ref  2 "<lane> <entry>"  3 client  4 ttl_s  5 number of the first item (from 0)   then envelopes (none: just ask),
 --       or "@<bytes> <part>": the envelope lies under its value key
 -- reply {"running" | "stale", how many of them its reader has read: only where it was just asked, else 0}
---       Error MISSING (a value key; nothing was written)
+--       Errors MISSING (a value key), OUTOFORDER (a later item is there, and this one is not): nothing was written
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return { 'stale', 0 } end
 local INLINE_BYTES = 4096 -- larger items are announced, not sent: a stalled client is cut off at 32 MB
 local LEAST_S = 60 -- a replica that waits for the reader asks more often than this
@@ -22,6 +22,12 @@ local function emitted()
   return 0
 end
 
+-- It cannot be added. That is as it should be if it is there, or was read.
+local function is_lost(entry)
+  local before = redis.call('XREVRANGE', KEYS[2], entry, '-', 'COUNT', 1)[1]
+  return before and before[1] ~= entry
+end
+
 for i = 6, #ARGV do
   local part = string.byte(ARGV[i]) == 64 and string.match(ARGV[i], '^@%d+ (%S+)') -- 64: '@'
   if part and redis.call('EXPIRE', KEYS[4] .. ref .. ':' .. part, ttl_s) == 0 then
@@ -33,12 +39,15 @@ for i = 6, #ARGV do
 end
 for i = 6, #ARGV do
   local number = first_number + i - 6
-  local added = redis.pcall('XADD', KEYS[2], string.format('%.0f-1', number + 1), 'item', ARGV[i])
+  local entry = string.format('%.0f-1', number + 1)
+  local added = redis.pcall('XADD', KEYS[2], entry, 'item', ARGV[i])
   if type(added) ~= 'table' then
     local stored = string.format('item %.0f\n', number) .. (#ARGV[i] > INLINE_BYTES and '' or ARGV[i] .. '\n')
     message[#message + 1] = '$' .. #ref .. '\r\n' .. ref .. '\r\n$' .. #stored .. '\r\n' .. stored .. '\r\n'
   elseif not string.find(tostring(added.err), 'equal or smaller', 1, true) then
     return redis.error_reply(tostring(added.err)) -- it is no stream: the first one failed, nothing was written
+  elseif is_lost(entry) then
+    return redis.error_reply('OUTOFORDER item ' .. number .. ' comes after a later one')
   end
 end
 if #message > 0 and ARGV[3] ~= '' then
