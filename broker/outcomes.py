@@ -37,7 +37,9 @@ def is_item(stored: bytes) -> bool:
 def large_part(stored: bytes) -> str | None:
     """Where the value lies in a key of its own: the last part of that key's name (`DeploymentKeys.value`)."""
     header, _, body = stored.partition(b"\n")
-    if body[:1] != b"@" or not header.startswith((b"succeeded", b"item ")):  # the rest is text, and may begin with anything
+    if body[:1] != b"@" or not header.startswith(
+        (b"succeeded", b"item ")
+    ):  # the rest is text, and may begin with anything
         return None
     size_and_part = body.split()  # of an item it is said: it is not its number alone
     return (size_and_part[1] if len(size_and_part) > 1 else header.rpartition(b" ")[2]).decode()
