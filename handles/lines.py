@@ -126,7 +126,19 @@ class Lines:
                 except BrokerUnavailableError as e:
                     self._user.on_failed_try(e)
                     await asyncio.sleep(delay_s)
-            await self._user.on_back()
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Let our user do what follows a reconnect. It may wait for a connection, which nobody but we would make: one that
+        is lost meanwhile ends this, and the next one starts it over."""
+        links = [link for link in (self.commands, self.replies) if link is not None]
+        catching_up = self._loop.create_task(self._user.on_back())
+        try:
+            await asyncio.wait([catching_up, *(link.lost for link in links)], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            catching_up.cancel()
+        if catching_up.done():
+            catching_up.result()
 
     async def _until_lost(self) -> None:
         links = [link for link in (self.commands, self.replies) if link is not None]

@@ -57,6 +57,7 @@ async def leave_its_block(stream: Any) -> None:
 async def fail_in_its_block(stream: Any) -> None:
     try:
         async with stream:
+            await anext(stream)
             raise ZeroDivisionError
     except ZeroDivisionError:
         return
