@@ -27,7 +27,7 @@ ROUND = 10_000  # requests between two samples
 ALLOWED = {"client_mb": 3.0, "replica_mb": 3.0, "server_mb": 2.0, "keys": 2000.0}
 
 
-@serve.deployment
+@serve.deployment(result_ttl_s=10)  # of results whose ref was passed on; nobody but the clock can free them
 class Work:
     async def __call__(self, x: int) -> int:
         return x
