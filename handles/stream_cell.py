@@ -11,7 +11,7 @@ from typing import Any
 
 from millstream.broker import outcomes, scripts
 from millstream.broker.codec import Verified
-from millstream.errors import BrokerUnavailableError, MillstreamError, RefNotFoundError
+from millstream.errors import BrokerUnavailableError, RefNotFoundError
 from millstream.handles.engine import Engine
 from millstream.handles.route import Route
 
@@ -122,7 +122,7 @@ class StreamCell:
                     return self._complete()
                 if not self.is_over:
                     return None
-        except MillstreamError as e:
+        except Exception as e:
             if self.is_over or not isinstance(e, BrokerUnavailableError):  # else the reconnect looks again
                 self._give_up(e)
         finally:
@@ -144,7 +144,7 @@ class StreamCell:
         self._tell()
         return len(rows) < ROWS_AT_ONCE
 
-    def _give_up(self, error: MillstreamError) -> None:
+    def _give_up(self, error: Exception) -> None:
         if not self.is_over:
             self.engine.chores.cancel_soon(self.ref_id)
         self._error = error

@@ -216,6 +216,16 @@ async def test_value_that_has_expired_is_an_error_and_no_hang(serving: Serving, 
         await handle.total.call(ObjectRef.from_id(ref.id))
 
 
+async def test_value_that_may_not_be_read_is_an_error_and_no_hang(serving: Serving, redis: Control) -> None:
+    handle = serving(Model)
+    await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all", "-lindex"])
+    try:
+        with pytest.raises(Exception, match="NOPERM"):
+            await asyncio.wait_for(handle.make.call(MB), 10)
+    finally:
+        await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"])
+
+
 async def test_submit_that_is_repeated_leaves_the_arguments_as_they_are(
     serving: Serving, redis: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
