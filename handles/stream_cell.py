@@ -40,6 +40,7 @@ class StreamCell:
         self._is_looking = False
         self._on_news: Callable[[], None] | None = None
         self.is_closed = False
+        self.is_shared = False  # somebody may ask how it ended
 
     @property
     def ref_id(self) -> str:
@@ -242,7 +243,7 @@ class StreamCell:
         parts = [*self._large_read, *filter(None, map(outcomes.large_part, unread))]
         if commands is not None:
             commands.send(_ignore, "UNLINK", keys.items(ref), *(keys.value(ref, part) for part in parts))
-        if self._stored is not None:
+        if self._stored is not None and not self.is_shared:
             self.engine.drops.add(self.codec.tag, self.ref, self._stored, self.since)
 
     def call_there(self, function: Callable[..., None], *arguments: Any) -> None:
