@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from millstream.broker import outcomes
 from millstream.broker.bulk import Part, aside
 from millstream.broker.codec import Kind, Verified
-from millstream.errors import BrokerUnavailableError, MillstreamError
+from millstream.errors import BrokerUnavailableError
 from millstream.handles.hub import Hub
 from millstream.handles.options import with_extra
 from millstream.handles.route import Pending, Request, Route
@@ -63,7 +63,7 @@ class LargeValues:
             self._hub.settle(self._hub.pending.get(ref, pending), stored, large)
         except BrokerUnavailableError:
             return  # whoever looks after what waits long will find it again
-        except MillstreamError as e:
+        except Exception as e:
             self._hub.sender.refused(route, [ref], e)
         finally:
             self._fetching.discard(ref)

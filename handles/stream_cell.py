@@ -11,7 +11,7 @@ from typing import Any
 
 from millstream.broker import outcomes, scripts
 from millstream.broker.codec import Verified
-from millstream.errors import BrokerUnavailableError, MillstreamError, RefNotFoundError
+from millstream.errors import BrokerUnavailableError, RefNotFoundError
 from millstream.handles.engine import Engine
 from millstream.handles.route import Route
 
@@ -40,6 +40,7 @@ class StreamCell:
         self._is_looking = False
         self._on_news: Callable[[], None] | None = None
         self.is_closed = False
+        self.is_shared = False  # somebody may ask how it ended
 
     @property
     def ref_id(self) -> str:
@@ -122,7 +123,7 @@ class StreamCell:
                     return self._complete()
                 if not self.is_over:
                     return None
-        except MillstreamError as e:
+        except Exception as e:
             if self.is_over or not isinstance(e, BrokerUnavailableError):  # else the reconnect looks again
                 self._give_up(e)
         finally:
@@ -144,7 +145,7 @@ class StreamCell:
         self._tell()
         return len(rows) < ROWS_AT_ONCE
 
-    def _give_up(self, error: MillstreamError) -> None:
+    def _give_up(self, error: Exception) -> None:
         if not self.is_over:
             self.engine.endings.cancel_soon([self.ref_id])
         self._error = error
@@ -242,7 +243,7 @@ class StreamCell:
         parts = [*self._large_read, *filter(None, map(outcomes.large_part, unread))]
         if commands is not None:
             commands.send(_ignore, "UNLINK", keys.items(ref), *(keys.value(ref, part) for part in parts))
-        if self._stored is not None:
+        if self._stored is not None and not self.is_shared:
             self.engine.drops.add(self.codec.tag, self.ref, self._stored, self.since)
 
     def call_there(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -21,11 +21,15 @@ class _Items:
 
     def _take_turn(self) -> None:
         if not self._turn.acquire(blocking=False):
-            raise RuntimeError(f"stream {self.ref_id} is being read already: one reader at a time")
+            raise RuntimeError(f"stream {self._cell.ref_id} is being read already: one reader at a time")
 
     @property
     def ref_id(self) -> str:
-        """The id of the request: for `ObjectRef.from_id(...).status()` or `millstream ref`."""
+        """The id of the request: for `ObjectRef.from_id(...).status()`, `cancel()`, or `millstream ref`.
+
+        Once it was read, how the request ended is kept for its TTL; items are not.
+        """
+        self._cell.is_shared = True
         return self._cell.ref_id
 
     def __del__(self) -> None:

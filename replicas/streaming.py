@@ -43,6 +43,7 @@ class Emitters:
         self.link: Link | None = None
         self._emitters: dict[Place, Emitter] = {}
         self._alone_since: dict[bytes, float] = {}  # clients that do not listen, and since when
+        self._may_ask = True  # who listens; an ACL may forbid it
 
     def open(
         self,
@@ -90,17 +91,30 @@ class Emitters:
             self._alone_since.clear()
             return
         await asyncio.gather(*[emitter.ask(link) for emitter in waiting])
-        clients = list({emitter.client for emitter in waiting})
-        answer = await link.ask("PUBSUB", "SHARDNUMSUB", *(self.keys.reply(client.decode()) for client in clients))
-        now = asyncio.get_running_loop().time()
-        since = self._alone_since
-        # Who has no channel asks by itself, and is never known to be gone.
-        self._alone_since = {c: since.get(c, now) for c, n in zip(clients, answer[1::2], strict=True) if c and not n}
-        gone = {client for client, alone in self._alone_since.items() if now - alone > READER_GONE_S}
+        gone = await self._gone(link, list({emitter.client for emitter in waiting}))
         for emitter in [emitter for emitter in waiting if emitter.client in gone]:
             log.warning("nobody reads stream %s~%s any more: it is cancelled", self.keys.tag, emitter.ref.decode())
             await self._cancel(emitter.ref, READER_GONE)
             emitter.delete_items(link)
+
+    async def _gone(self, link: Link, clients: list[bytes]) -> set[bytes]:
+        """Those who have not listened for a while."""
+        if not self._may_ask:
+            return set()
+        try:
+            answer = await link.ask("PUBSUB", "SHARDNUMSUB", *(self.keys.reply(client.decode()) for client in clients))
+        except BrokerUnavailableError:
+            raise
+        except Exception as e:
+            self._may_ask = False
+            log.warning(
+                "streams of readers that are gone will go on, because this server does not say who listens: %s", e
+            )
+            return set()
+        now, since = asyncio.get_running_loop().time(), self._alone_since
+        # Who has no channel asks by itself, and is never known to be gone.
+        self._alone_since = {c: since.get(c, now) for c, n in zip(clients, answer[1::2], strict=True) if c and not n}
+        return {client for client, alone in self._alone_since.items() if now - alone > READER_GONE_S}
 
 
 class Emitter:
@@ -236,6 +250,7 @@ class Emitter:
         self._delete_values(self._sent_ever)
 
     def send_again(self) -> None:
+        """What is not acknowledged. That it may have been taken does no harm."""
         self._was_cut_off = self._was_cut_off or self._sent > self._acknowledged
         self._sent, self._in_the_air = self._acknowledged, 0
         self.flush()
@@ -248,7 +263,8 @@ class Emitter:
     def _answered(self, upto: int, reply: tuple[bool, int] | Exception) -> None:
         self._in_the_air = max(0, self._in_the_air - 1)
         if isinstance(reply, BrokerUnavailableError):
-            return  # `send_again` follows
+            self._loop.call_later(RETRY_S, self.send_again)  # unless a new connection does so sooner
+            return
         if isinstance(reply, Exception):
             self._fail(reply)
             return
@@ -286,11 +302,11 @@ class Emitter:
 
     async def ask(self, link: Link) -> None:
         """How far is it? Asking also keeps what it has not read. Raises BrokerUnavailableError."""
-        if self._large:
-            keys, ref = self._all.keys, self.ref.decode()
-            parts = [keys.value(ref, part) for part in self._large.values()]
-            await link.run(scripts.keep(parts, max(60, self._all.ttl_s) * 1000))
         try:
+            if self._large:
+                keys, ref = self._all.keys, self.ref.decode()
+                parts = [keys.value(ref, part) for part in self._large.values()]
+                await link.run(scripts.keep(parts, max(60, self._all.ttl_s) * 1000))
             is_running, read = await link.run(self._call(self._count, []))
         except BrokerUnavailableError:
             raise

@@ -216,6 +216,16 @@ async def test_value_that_has_expired_is_an_error_and_no_hang(serving: Serving, 
         await handle.total.call(ObjectRef.from_id(ref.id))
 
 
+async def test_value_that_may_not_be_read_is_an_error_and_no_hang(serving: Serving, redis: Control) -> None:
+    handle = serving(Model)
+    await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all", "-lindex"])
+    try:
+        with pytest.raises(Exception, match="NOPERM"):
+            await asyncio.wait_for(handle.make.call(MB), 10)
+    finally:
+        await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"])
+
+
 async def test_submit_that_is_repeated_leaves_the_arguments_as_they_are(
     serving: Serving, redis: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,13 +290,10 @@ async def test_full_server_refuses_large_arguments(serving: Serving, redis: Cont
 async def test_large_value_that_was_tampered_with_is_refused(serving: Serving, redis: Control) -> None:
     handle = serving(Model)
     ref = await handle.make.remote(MB)
-
-    async def is_there() -> bool:
-        return any(":value:" in key for key in await left_behind(redis))
-
-    await wait_until(is_there)
+    await ref
     (value,) = [key for key in await left_behind(redis) if ":value:" in key]
     last: Any = await redis.lindex(value, -1)
+
     await redis.lset(value, -1, last[:-1] + bytes([last[-1] ^ 1]))
 
     with pytest.raises(millstream.SignatureError):

@@ -14,7 +14,7 @@ from millstream.deployment import deployment
 from millstream.errors import ConfigError, SerializationError
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.handles.ref import ObjectRef
-from tests.handles.generators import Model, nothing_is_left
+from tests.handles.generators import Model, left_behind, nothing_is_left
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
 
@@ -371,6 +371,17 @@ async def test_stream_has_an_id_by_which_others_see_its_state(serving: Serving) 
 
     assert await ref.astatus() == "running"
     assert stream.ref_id in repr(stream)
+
+
+async def test_state_of_a_stream_whose_id_was_read_is_kept_after_its_end(serving: Serving, redis: Control) -> None:
+    stream = serving(Model).blobs.stream([100_000] * 3)
+    ref = ObjectRef.from_id(stream.ref_id)
+
+    assert len(await collect(stream)) == 3
+    await asyncio.sleep(0.6)  # what is dropped goes in batches
+
+    assert await ref.astatus() == "succeeded"
+    assert [key.split(":")[2] for key in await left_behind(redis)] == ["result"]
 
 
 async def test_stream_refuses_a_key_against_doubles(serving: Serving) -> None:

@@ -298,6 +298,19 @@ async def test_items_that_are_gone_from_the_server_are_an_error_and_no_hang(
     await is_closed(handle)
 
 
+async def test_record_that_may_not_be_read_is_an_error_and_no_hang(serving: Serving, redis: Control) -> None:
+    handle = serving(Model)
+    assert await handle.plain.call(1) == 1
+    await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all", "-xrange"])
+    try:
+        read, error = await asyncio.wait_for(read_to_the_end(handle.blobs.stream([10, 5000])), 10)
+    finally:
+        await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"])
+
+    assert len(read) <= 1
+    assert error is not None and "NOPERM" in str(error)
+
+
 async def test_large_item_that_is_gone_is_an_error_in_its_place(serving: Serving, redis: Control) -> None:
     handle = serving(Model)
     stream = handle.blobs.stream([100_000] * 4)

@@ -288,6 +288,19 @@ async def test_items_whose_acknowledgement_was_lost_are_not_there_twice(bench: B
         await bench.holds(2)
 
 
+async def test_items_that_a_server_cannot_take_now_are_offered_again(bench: Bench) -> None:
+    """It was demoted, and answers: no connection is lost, and no new one comes."""
+    await bench.redis.replicaof("127.0.0.1", "1")
+    await bench.produce(counting(5))
+    await asyncio.sleep(0.02)
+    assert await bench.numbers() == []
+
+    await bench.redis.replicaof("NO", "ONE")
+
+    await bench.holds(5)
+    assert await bench.items() == list(range(5))
+
+
 async def test_script_is_known_to_the_server_before_the_first_item(bench: Bench) -> None:
     """What a server does not know is sent a second time, later than what followed it: items would be late."""
     await bench.redis.script_flush()
@@ -338,6 +351,22 @@ async def test_reader_that_comes_back_in_time_finds_its_stream(bench: Bench, mon
     await bench.emitters.look()
 
     assert bench.cancelled == []
+
+
+async def test_server_that_does_not_say_who_listens_keeps_all_streams(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await alone(bench, monkeypatch)
+    await bench.redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all", "-pubsub"])
+    try:
+        for _ in range(3):
+            await bench.emitters.look()
+            await asyncio.sleep(0.03)
+    finally:
+        await bench.redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"])
+
+    assert bench.cancelled == []
+    assert len([line for line in caplog.messages if "does not say who listens" in line]) == 1
 
 
 async def test_slow_generator_is_given_up_as_well(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
