@@ -82,7 +82,7 @@ def test_deployment_owns_what_has_no_ttl_and_not_its_results() -> None:
 
 @pytest.mark.parametrize("cls", [Keys, DeploymentKeys])
 def test_every_key_is_documented_with_its_type(cls: type) -> None:
-    kinds = ("string", "hash", "stream", "sorted set", "channel", "sharded channel")
+    kinds = ("string", "hash", "stream", "list", "sorted set", "channel", "sharded channel")
 
     undocumented = [
         name

@@ -320,6 +320,7 @@ async def test_result_that_a_queued_request_depends_on_does_not_expire_before_it
     upstream = serving(Model, result_ttl_s=1)
     downstream = serving.deploy_only(Model)
     ref = await upstream.blob.remote(size)
+    await wait_until(lambda: _has_state(ref, "succeeded"))  # nobody waits for it yet: it gets its own TTL
     dependant = await downstream.options(block_until="queued").keep.remote(ref)
     await wait_until(lambda: _has_state(dependant, "queued"))
     keys, local = keys_of(ref)
