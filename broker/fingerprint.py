@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cloudpickle import cloudpickle
 
@@ -24,6 +24,7 @@ from millstream.config import IGNORED_OPTIONS, IN_PLACE
 TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 GETS = {"BINGET", "LONG_BINGET"}
 OURS = "millstream"
+MOST_KNOWN = 10_000  # files
 LONGEST_NAME = 200  # of a module; a longer text is no name
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 IMPORT = re.compile(
@@ -49,7 +50,7 @@ def fingerprint(body: bytes, path: list[str], surroundings: Any) -> str:
         if isinstance(token, str) and len(token) < LONGEST_NAME and DOTTED.fullmatch(token):
             names.add(token)
     for file, source in sorted(_sources(names, [Path(entry) for entry in path if not _is_library(entry)])):
-        digest.update(f"\0{file}\0".encode() + _code(source))
+        digest.update(f"\0{file}\0".encode() + source.code)
     for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         if os.path.isdir(site):
             digest.update(f"\0{os.stat(site).st_mtime_ns}".encode())  # whatever installs a package writes here
@@ -98,23 +99,48 @@ def _loaded() -> set[str]:
     return found
 
 
-def _sources(names: set[str], roots: list[Path]) -> Iterator[tuple[str, bytes]]:
+class Source(NamedTuple):
+    """What matters of a file."""
+
+    code: bytes  # a digest of its code
+    imports: tuple[str, ...]  # names that may be modules; only of Python files
+
+
+_known: dict[bytes, Source] = {}  # by a digest of content, package and suffix: an application has many deployments
+
+
+def _read(file: Path, package: str) -> Source:
+    """Raises OSError."""
+    content = file.read_bytes()
+    key = hashlib.blake2b(f"{package}\0{file.suffix}\0".encode() + content, digest_size=16).digest()
+    known = _known.get(key)
+    if known is None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        imports = tuple(dict.fromkeys(_imports(content, package))) if file.suffix == ".py" else ()
+        known = _known[key] = Source(hashlib.blake2b(_code(content), digest_size=16).digest(), imports)
+    return known
+
+
+def _sources(names: set[str], roots: list[Path]) -> Iterator[tuple[str, Source]]:
     """Every file that these names, and the imports in the files, lead to."""
     seen: set[Path] = set()
+    looked_for = set(names)
     todo = [(name, file) for name in names for file in _files(name, roots)]
     while todo:
         name, file = todo.pop()
         if file in seen:
             continue
         seen.add(file)
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         try:
-            source = file.read_bytes()
+            source = _read(file, package)
         except OSError:
             continue
         yield str(file), source
-        if file.suffix == ".py":
-            package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-            todo += [(other, found) for other in _imports(source, package) for found in _files(other, roots)]
+        others = [name for name in source.imports if name not in looked_for]
+        looked_for.update(others)
+        todo += [(other, found) for other in others for found in _files(other, roots)]
 
 
 def _files(name: str, roots: list[Path]) -> Iterator[Path]:

@@ -42,6 +42,15 @@ class Pickled(NamedTuple):
         return Pickled(self.data, [memoryview(bytes(buffer)) for buffer in self.buffers])
 
 
+def dump_plain(value: Any) -> bytes | None:
+    """Pickle a value that takes nothing special, as most do: small, and known by name wherever it is read. Else None."""
+    try:
+        data = _plain_dumps(value, PROTOCOL, buffer_callback=_refuse_large)
+    except Exception:  # `dump_parts` finds out why
+        return None
+    return data if len(data) <= LARGE_BYTES and b"__main__" not in data else None
+
+
 def dump_parts(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> bytes | Pickled:
     """Pickle `value`; `what` names it in errors ("argument of app.Model"). A large one stays in parts.
 

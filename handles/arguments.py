@@ -54,6 +54,17 @@ class Arguments(NamedTuple):
 _WAITED_FOR = (ObjectRef, asyncio.Future)
 
 
+def encode_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
+    """The pickled arguments of a call that takes nothing special, as most do; else None, and `encode` does it."""
+    for value in args:
+        if isinstance(value, _WAITED_FOR):
+            return None
+    for value in kwargs.values() if kwargs else ():
+        if isinstance(value, _WAITED_FOR):
+            return None
+    return pickling.dump_plain((args, kwargs))
+
+
 def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any], model_id: str = "") -> Arguments:
     """Pickle the arguments of a call to `what`, and the id of the model it is for. SerializationError, PayloadTooLargeError."""
     depends_on: list[ObjectRef] = []

@@ -24,20 +24,19 @@ os.register_at_fork(after_in_child=_forget_lock)
 class Request:
     """What the code of a request may know of it: `serve.get_request_context()`. One per attempt."""
 
-    __slots__ = ("_cancelled", "_children", "_prune_at", "_ref_id", "is_cancelled", "model_id")
+    __slots__ = ("_cancelled", "_children", "_prune_at", "_ref", "_tag", "is_cancelled", "model_id")
 
-    def __init__(self, ref_id: str, model_id: str) -> None:
-        self._ref_id = ref_id
+    def __init__(self, tag: str, ref: bytes, model_id: str = "") -> None:
+        self._tag, self._ref = tag, ref
         self.model_id = model_id  # of options(multiplexed_model_id=); "" without one
         self.is_cancelled = False  # or timed out: nobody wants its result any more
         self._cancelled: threading.Event | None = None
-        self._children: list[tuple[Any, Pending]] = []  # requests that it has sent, with their engines
-        self._prune_at = PRUNE_AT
+        self._children: list[tuple[Any, Pending]] | None = None  # requests that it has sent, with their engines
 
     @property
     def ref_id(self) -> str:
-        """The id of its ref, for logs or for `ObjectRef.from_id`."""
-        return self._ref_id
+        """The id of its ref, for logs or for `ObjectRef.from_id`; "" in a batch, which runs for several."""
+        return f"{self._tag}~{self._ref.decode()}" if self._ref else ""
 
     def wait_cancelled(self, timeout_s: float | None = None) -> bool:
         """Block a sync method's thread until the request is cancelled, at most `timeout_s`; whether it is."""
@@ -51,6 +50,10 @@ class Request:
     def sends(self, engine: Any, pending: Pending) -> None:
         """Note a request that this one has sent: it is cancelled with it. Any thread."""
         children = self._children
+        if children is None:
+            with _lock:
+                children = self._children = self._children or []
+            self._prune_at = PRUNE_AT
         children.append((engine, pending))
         if len(children) > self._prune_at:
             with _lock:
@@ -65,7 +68,7 @@ class Request:
             if self._cancelled is not None:
                 self._cancelled.set()
         by_engine: dict[Any, list[str]] = {}
-        for engine, pending in list(self._children):
+        for engine, pending in list(self._children or ()):
             if _is_open(engine, pending):
                 by_engine.setdefault(engine, []).append(f"{pending.codec.tag}~{pending.ref.decode()}")
         for engine, ref_ids in by_engine.items():

@@ -23,6 +23,7 @@ _settings: Settings | None = None
 _by_loop: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Engine]" = weakref.WeakKeyDictionary()
 _background: "Background | None" = None
 _warned: set[str] = set()
+_is_exit = False  # the interpreter ends
 
 
 def use(settings: Settings) -> None:
@@ -170,6 +171,12 @@ def close_all() -> None:
         background.close()
 
 
+def stay_behind_at_exit() -> None:
+    """At the interpreter's exit: hold a daemon thread, which ends here with the process. Else nothing."""
+    if _is_exit and threading.current_thread().daemon:
+        threading.Event().wait()
+
+
 def warn_if_on_a_loop(what: str, instead: str, depth: int = 3) -> None:
     """Say once per place that a blocking call on a running loop stops that loop, and what to write instead.
 
@@ -213,7 +220,8 @@ def _forget_in_child() -> None:
 
 def _close_at_exit() -> None:
     """Whoever still waits is a daemon thread, and ends with the process: an error there would only be printed."""
-    global _background
+    global _background, _is_exit
+    _is_exit = True
     background, _background = _background, None  # who calls after this gets another one, if Python still starts threads
     if background is not None:
         background.close(at_exit=True)

@@ -1,156 +1,25 @@
 """`DeploymentHandle` (asynchronous) and `SyncHandle`: how requests are made. Both pickle as names and options."""
 
 import asyncio
-import functools
-import math
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, Unpack, overload
 
-from millstream.broker.keys import deployment_tag
 from millstream.errors import RequestCancelledError
-from millstream.handles import arguments, context, engines, mapping
+from millstream.handles import context, engines, mapping
 from millstream.handles.arguments import RefTask
+from millstream.handles.base_handle import BaseHandle
 from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
 from millstream.handles.engine import Engine
 from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co, Yields
 from millstream.handles.map_types import AsyncMixed, Choices, Collecting, Many, Mixed, Several
-from millstream.handles.options import HandleOptions, checked
 from millstream.handles.ref import ObjectRef
-from millstream.handles.route import Pending, Request, Route
+from millstream.handles.route import Pending, Route
 from millstream.handles.stream_cell import StreamCell
 from millstream.handles.streaming import AsyncStream, Stream
 
 
-class _Handle:
-    """What both handles are: a deployment's name, and options."""
-
-    def __init__(self, deployment_name: str, app_name: str = "default", options: HandleOptions | None = None) -> None:
-        self._app, self._deployment = app_name, deployment_name
-        self._options = options or HandleOptions()
-        self._tag = deployment_tag(app_name, deployment_name)
-        self._method = self._options.method_name.encode()
-        self._lane = self._options.priority.encode()
-        self._plain, self._matched_extras = self._options.plain, self._options.matched
-        self._is_patient = self._options.when_full == "wait"
-        self._is_simple = not self._is_patient and not (
-            self._options.delay_s or self._options.eta or self._options.idempotency_key or self._options.timeout_s
-        )
-        self._what = f"the arguments of {self._tag}.{self._options.method_name}, (args, kwargs)"
-        self._engine: Engine | None = None
-        self._route: Route | None = None
-
-    @property
-    def deployment_name(self) -> str:
-        return self._deployment
-
-    @property
-    def app_name(self) -> str:
-        return self._app
-
-    def options(self, **options: Any) -> Self:
-        """A copy with other options, those of `HandleOptions`. TypeError for an unknown one, ConfigError for a bad value."""
-        return type(self)(self._deployment, self._app, replace(self._options, **checked(options)))
-
-    def __getattr__(self, name: str) -> Self:
-        # pickle, copy and inspect ask for dunders: they must not become methods of the deployment.
-        if name.startswith("_"):
-            raise AttributeError(
-                f"{type(self).__name__} has no attribute {name!r}; for such a method use options(method_name=)"
-            )
-        method: Self = self.options(method_name=name)
-        self.__dict__[name] = method  # the next call finds it without coming here
-        return method
-
-    def __repr__(self) -> str:
-        method = "" if self._options.method_name == "__call__" else f", method_name={self._options.method_name!r}"
-        return f"{type(self).__name__}({self._deployment!r}, app_name={self._app!r}{method})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        made = type(self), self._deployment, self._app, self._options
-        settings = engines.settings_for_child()
-        return (made[0], made[1:]) if settings is None else (engines.made_in_child, (settings, *made))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Handle):
-            return NotImplemented
-        return type(self) is type(other) and (self._tag, self._options) == (other._tag, other._options)
-
-    def __hash__(self) -> int:
-        return hash((self._tag, self._options))
-
-    if not TYPE_CHECKING:  # for type checkers it is an error that there is no such method
-
-        def __call__(self, *_: Any, **__: Any) -> NoReturn:
-            raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
-
-    def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> arguments.Arguments:
-        model_id = self._options.multiplexed_model_id
-        if not model_id and (caller := context.current.get()) is not None:
-            model_id = caller.model_id  # a request passes it on
-        return arguments.encode(self._what, args, kwargs, model_id)
-
-    def _new_ref(self, engine: Engine, route: Route) -> bytes:
-        key = self._options.idempotency_key
-        return engine.new_ref() if key is None else route.codec.ref_of_key(key)
-
-    def _of_item(self, number: int) -> Self:
-        """For one item of a map: with one key for all of them, they would all be the first one."""
-        key = self._options.idempotency_key
-        return self if key is None else self.options(idempotency_key=f"{key}[{number}]")
-
-    def _submit(
-        self,
-        engine: Engine,
-        route: Route,
-        pending: Pending,
-        encoded: arguments.Arguments,
-        extras: bytes,
-        until_queued: bool = False,
-    ) -> None:
-        """Hand one request to the engine; on its loop."""
-        if self._is_simple and type(encoded.body) is bytes and not encoded.depends_on and not encoded.mentions:
-            envelope = route.codec.seal("request", pending.ref, encoded.body, self._method)
-            engine.submit(route, pending, self._lane, self._method, extras, envelope, until_queued)
-        else:
-            self._submit_with_care(engine, route, pending, encoded, extras, until_queued)
-
-    def _submit_with_care(
-        self,
-        engine: Engine,
-        route: Route,
-        pending: Pending,
-        encoded: arguments.Arguments,
-        extras: bytes,
-        until_queued: bool,
-    ) -> None:
-        options, ref = self._options, pending.ref
-        if options.idempotency_key is not None:
-            pending = engine.join(pending)
-        request = Request(
-            route, pending, self._lane, self._method, extras, b"", until_queued,
-            depends_on=[ref.id for ref in encoded.depends_on], mentions=[ref.id for ref in encoded.mentions],
-            delay_ms=math.ceil(options.delay_s * 1000), due_ms=options.due_ms,
-        )  # fmt: skip
-        if isinstance(encoded.body, bytes):
-            request.envelope = route.codec.seal("request", ref, encoded.body, self._method)
-        else:
-            request.arguments, request.is_shared = encoded.body, options.idempotency_key is not None
-        if request.must_wait or request.mentions or request.arguments or engine.chores.is_sending(ref):
-            for upstream in (*encoded.depends_on, *encoded.mentions):
-                upstream._send_ahead(engine)
-            engine.chores.send(request)
-            for upstream in encoded.depends_on:
-                upstream._if_never_sent(functools.partial(engine.give_up, route, ref))
-        else:
-            send = engine.sender.submit_patiently if self._is_patient else engine.submit
-            send(route, pending, self._lane, self._method, extras, request.envelope, until_queued)
-        if options.timeout_s is not None:
-            engine.deadlines.add(route.tag, ref, options.timeout_s)
-
-
-class DeploymentHandle(_Handle, Generic[T_co]):
+class DeploymentHandle(BaseHandle, Generic[T_co]):
     """The asynchronous handle, for event loops and inside other deployments. It sends at the call, not at the await."""
 
     if TYPE_CHECKING:
@@ -239,13 +108,15 @@ class DeploymentHandle(_Handle, Generic[T_co]):
     def _send(
         self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
     ) -> None:
-        encoded = self._encode(args, kwargs)
-        if type(encoded.body) is not bytes:
-            encoded = encoded.snapshot()
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
-        self._submit(engine, route, pending, encoded, extras, until_queued)
-        if (caller := context.current.get()) is not None and self._options.idempotency_key is None:
+        caller = context.current.get()
+        if (body := self._encode_plain(args, kwargs, caller)) is not None:
+            self._submit_plain(engine, route, pending, body, extras, until_queued)
+        else:
+            encoded = self._encode(args, kwargs).snapshot()
+            self._submit(engine, route, pending, encoded, extras, until_queued)
+        if caller is not None and self._options.idempotency_key is None:
             caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
     async def _matched(self, cell: Cell, ref: ObjectRef, engine: Engine) -> ObjectRef:
@@ -264,7 +135,7 @@ class DeploymentHandle(_Handle, Generic[T_co]):
         return engine, self._route
 
 
-class SyncHandle(_Handle, Generic[T_co]):
+class SyncHandle(BaseHandle, Generic[T_co]):
     """The blocking handle: for scripts, threads and notebooks. `serve.run` returns one."""
 
     if TYPE_CHECKING:
@@ -363,13 +234,18 @@ class SyncHandle(_Handle, Generic[T_co]):
         snapshot: bool = False,
     ) -> None:
         engine = background.engine
-        encoded = self._encode(args, kwargs)
-        if snapshot:
-            encoded = encoded.snapshot()
+        route = engine.route(self._tag)
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
-        background.call(self._submit, engine, engine.route(self._tag), pending, encoded, extras, until_queued)
-        if (caller := context.current.get()) is not None and self._options.idempotency_key is None:
+        caller = context.current.get()
+        if (body := self._encode_plain(args, kwargs, caller)) is not None:
+            background.call(self._submit_plain, engine, route, pending, body, extras, until_queued)
+        else:
+            encoded = self._encode(args, kwargs)
+            if snapshot:
+                encoded = encoded.snapshot()
+            background.call(self._submit, engine, route, pending, encoded, extras, until_queued)
+        if caller is not None and self._options.idempotency_key is None:
             caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
     def _route_there(self) -> tuple[engines.Background, Engine, Route]:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, Unpack, overload
 
 from millstream.broker.outcomes import same_kind
@@ -32,6 +33,11 @@ class How(NamedTuple):
     ordered: bool
     progress: bool
     return_exceptions: bool
+
+    @property
+    def refill_at(self) -> int:
+        """More are sent when only so many are under way: a few at once cost less. With less than 32, one by one."""
+        return self.max_in_flight - max(1, self.max_in_flight // 16)
 
     def check(self) -> None:
         if not isinstance(self.max_in_flight, int) or self.max_in_flight < 1:
@@ -250,27 +256,33 @@ class _AsyncSource:
         self._items: Iterator[Any] = iter(()) if isinstance(items, AsyncIterable) else iter(items)
         self._async_items = aiter(items) if isinstance(items, AsyncIterable) else None
         self._count = 0
-        self._is_over = False
         self._error: Exception | None = None
 
-    async def send_next(self) -> "asyncio.Future[Any] | None":
-        """None: there are no more."""
-        if self._is_over:
-            return None
-        number = self._count
+    async def send(self, most: int) -> "list[asyncio.Future[Any]]":
+        """Send up to so many; one at a time where the items have to be awaited. None sent: there are no more."""
+        sent: list[asyncio.Future[Any]] = []
         try:
-            item = next(self._items) if self._async_items is None else await anext(self._async_items)
-            self._count += 1
-            return self._call(number, item)
+            if self._async_items is not None:
+                self._send_to(sent, await anext(self._async_items))
+            else:
+                for item in islice(self._items, most):
+                    self._send_to(sent, item)
+                if len(sent) < most:
+                    self._items = iter(())  # some would begin again
+        except StopAsyncIteration:
+            self._async_items = None
+        except Exception as e:
+            self._items, self._async_items, self._error = iter(()), None, e
+        return sent
+
+    def _send_to(self, sent: "list[asyncio.Future[Any]]", item: Any) -> None:
+        number, self._count = self._count, self._count + 1
+        try:
+            sent.append(self._call(number, item))
         except _CANNOT_BE_SENT as e:
             failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             failed.set_exception(_named(e, number))
-            return failed
-        except (StopIteration, StopAsyncIteration):
-            self._is_over = True
-        except Exception as e:
-            self._is_over, self._error = True, e
-        return None
+            sent.append(failed)
 
     def finish(self) -> None:
         if self._error is not None:
@@ -282,12 +294,13 @@ async def _in_order_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
     number = 0
     try:
         while True:
-            while len(in_flight) < how.max_in_flight and (one := await source.send_next()) is not None:
-                in_flight.append(one)
+            while len(in_flight) <= how.refill_at and (sent := await source.send(how.max_in_flight - len(in_flight))):
+                in_flight += sent
             if not in_flight:
                 break
+            one = in_flight.popleft()
             try:
-                value = await in_flight.popleft()
+                value = one.result() if one.done() else await one
             except Exception as e:
                 value = _failed(e, number, how)
             yield value
@@ -301,13 +314,14 @@ async def _in_order_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
 async def _as_completed_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
     ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
     in_flight: dict[asyncio.Future[Any], int] = {}
-    sent = 0
+    count = 0
     try:
         while True:
-            while len(in_flight) < how.max_in_flight and (one := await source.send_next()) is not None:
-                in_flight[one] = sent
-                one.add_done_callback(ended.put_nowait)
-                sent += 1
+            while len(in_flight) <= how.refill_at and (sent := await source.send(how.max_in_flight - len(in_flight))):
+                for one in sent:
+                    in_flight[one] = count
+                    one.add_done_callback(ended.put_nowait)
+                    count += 1
             if not in_flight:
                 break
             future = await ended.get()

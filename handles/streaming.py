@@ -188,6 +188,7 @@ class Stream(_Items, Generic[T_co]):
     def _raise_if_cut_off(self) -> None:
         """Say so if nothing more can come: `shutdown` was called, or this is a forked child."""
         if self._cell.engine.is_closed:
+            engines.stay_behind_at_exit()
             raise BrokerUnavailableError(
                 f"stream {self._cell.ref_id} belongs to a connection that was closed, or to the parent of this process; "
                 "call again"

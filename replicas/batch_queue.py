@@ -85,7 +85,7 @@ class Queue:
 
     async def _run(self, model_id: str, calls: list[Any]) -> None:
         """One batch. What goes wrong goes to its callers."""
-        current.set(Request("", model_id))  # not that of its first caller: the others have as much part in it
+        current.set(Request("", b"", model_id))  # not that of its first caller: the others have as much part in it
         calls = [call for call in calls if not call.is_over]
         if not calls:
             return

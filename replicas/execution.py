@@ -14,59 +14,13 @@ from millstream.broker.pickling import Pickled
 from millstream.errors import MillstreamError, SerializationError
 from millstream.handles import arguments
 from millstream.handles.context import Request, current
+from millstream.replicas.attempt import SIMPLE, Attempt
 from millstream.replicas.expiry import Expiry
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
 from millstream.replicas.producing import Producer
 from millstream.replicas.streaming import Emitters
-
-# Fields of an entry that only say something about it. With any other, it takes more than one step to start.
-_SIMPLE = frozenset(
-    {b"ref", b"method", b"reply", b"body", b"want", b"kill", b"attempt", b"history", b"lane", b"max_attempts"}
-)
-
-
-class Attempt(NamedTuple):
-    """One stream entry in the hands of this replica."""
-
-    lane: str
-    entry: bytes
-    ref: bytes
-    method: bytes
-    client: bytes
-    body: bytes
-    more: dict[bytes, bytes]  # all fields, of a request that has some beyond the usual; else empty
-
-    @property
-    def place(self) -> tuple[str, bytes]:
-        return self.lane, self.entry
-
-    @property
-    def deadline_ms(self) -> int | None:
-        """On the server's clock."""
-        return int(self.more[b"deadline"]) if b"deadline" in self.more else None
-
-    @property
-    def supplied(self) -> dict[str, bytes]:
-        """ref id -> stored value, of the refs among its arguments."""
-        return {name[4:].decode(): value for name, value in self.more.items() if name[:4] == b"dep:"}
-
-    @property
-    def max_ahead(self) -> int | None:
-        """Of a stream: how many items may be produced before they are read. None: no stream is asked for."""
-        return int(self.more[b"stream"]) if b"stream" in self.more else None
-
-
-def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
-    """From the fields of a stream entry. Raises KeyError if it is not a request."""
-    if len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body":  # as submit writes it
-        return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
-    named = dict(zip(fields[::2], fields[1::2], strict=True))
-    return Attempt(lane, entry, named[b"ref"], named[b"method"], named[b"reply"], named[b"body"], named)
-
-
-_NOTHING: dict[bytes, bytes] = {}
 
 
 class Running:
@@ -101,7 +55,6 @@ class Executor:
         self._large, self._emitters, self._where = large, emitters, where
         self._expiry = expiry
         self._result_of = f"a result of {codec.tag}"
-        self._ref_prefix = f"{codec.tag}~"
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
         self.running: dict[tuple[str, bytes], Running] = {}
@@ -109,12 +62,15 @@ class Executor:
 
     def start(self, attempt: Attempt) -> None:
         """Run one attempt: to its end if it cannot suspend, else to its first suspension. Never raises."""
-        if attempt.more and not attempt.more.keys() <= _SIMPLE:
+        values = None
+        if attempt.more and not attempt.more.keys() <= SIMPLE and (values := attempt.small_values()) is None:
             self._start_with_care(attempt)
             return
         try:
             opened = self._codec.open("request", attempt.ref, attempt.body, attempt.method)
             method, args, kwargs, model_id = self._called(attempt, opened)
+            if values:
+                args, kwargs = arguments.fill_in(args, kwargs, self._large.open_small(values))
         except (ImportError, AttributeError) as e:
             e.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
             self._failed(attempt, e)
@@ -122,7 +78,7 @@ class Executor:
         except Exception as e:
             self._failed(attempt, e)
             return
-        request = Request(self._ref_prefix + attempt.ref.decode(), model_id)
+        request = Request(self._codec.tag, attempt.ref, model_id)
         current.set(request)  # in the context of the claim loop, of which each request gets a copy
         if method.is_prompt:
             self._run_at_once(attempt, method, args, kwargs)
@@ -150,7 +106,7 @@ class Executor:
     # what takes more than one step
 
     def _start_with_care(self, attempt: Attempt) -> None:
-        request = Request(self._ref_prefix + attempt.ref.decode(), "")
+        request = Request(self._codec.tag, attempt.ref)
         running = Running(attempt, request, self._loop.time())
         self._follow(running, self._loop.create_task(self._run_with_care(running)))
 
@@ -310,7 +266,7 @@ class Executor:
     def _finish_large(self, attempt: Attempt, body: Pickled) -> None:
         """Write the value under a key of its own, then finish. The slot stays taken."""
         body = body.snapshot()  # it may be the deployment's own array, and the next request change it
-        running = Running(attempt, Request(self._ref_prefix + attempt.ref.decode(), ""), self._loop.time())
+        running = Running(attempt, Request(self._codec.tag, attempt.ref), self._loop.time())
         writing = self._loop.create_task(self._large.write_value(attempt.ref, attempt.entry.decode(), body))
         running.future, self.running[attempt.place] = writing, running
         self._notice(attempt)  # what ran at once has not said so: the result would have
@@ -336,7 +292,7 @@ class Executor:
             "the server lost the value before it could be announced: it is out of memory and evicts, or was emptied; "
             "see that its maxmemory-policy is noeviction"
         )
-        self._failed(Attempt(lane, entry, ref, b"", client, b"", _NOTHING), error)
+        self._failed(Attempt(lane, entry, ref, b"", client, b"", {}), error)
 
     def _seal_json(self, attempt: Attempt, value: Any) -> bytes:
         """Who asks in JSON is answered in JSON."""
@@ -351,7 +307,7 @@ class Executor:
         if attempt.body[1:2] == b"j":  # a body of any length: it may be what is wrong
             envelope = self._codec.seal_json("error", attempt.ref, remote_errors.describe(error, where=self._where))
         else:
-            request = self._ref_prefix + attempt.ref.decode()
+            request = f"{self._codec.tag}~{attempt.ref.decode()}"
             record = remote_errors.capture(error, where=self._where, request=request)
             envelope = self._codec.seal("error", attempt.ref, record)
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"failed", envelope)

@@ -8,7 +8,8 @@ from millstream.broker import scripts
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys
 from millstream.broker.link import Link
 from millstream.broker.sweeper import LEASE_S
-from millstream.replicas.execution import Executor, read_entry
+from millstream.replicas.attempt import read_entry
+from millstream.replicas.execution import Executor
 
 BLOCK_MS = int(LEASE_S * 1000 / 2)  # at most half a lease: a dead replica's blocked read must not outlive its burial
 DIRECT_READS = 3  # of a deep lane, between two looks at all lanes: what is returned or urgent waits no longer than that

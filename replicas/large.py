@@ -4,7 +4,7 @@ from typing import Any
 
 from millstream.broker import outcomes
 from millstream.broker.bulk import Bulk, aside
-from millstream.broker.codec import Kind, Verified, codec_for
+from millstream.broker.codec import Codec, Kind, Verified, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys, split_ref
 from millstream.broker.pickling import Pickled
 from millstream.config import Settings
@@ -32,12 +32,20 @@ class LargeValues:
             )
         return await aside(size_bytes, self._codec.verified, "request", ref, payload, method)
 
+    def open_small(self, supplied: dict[str, bytes]) -> dict[str, Any]:
+        """As `read_all`, where none of them is large."""
+        values = {}
+        for ref_id, stored in supplied.items():
+            tag, ref = split_ref(ref_id)
+            values[ref_id] = outcomes.open_stored(self._codec_of(tag), ref.encode(), stored)
+        return values
+
     async def read_all(self, supplied: dict[str, bytes]) -> dict[str, Any]:
         """The values of refs among the arguments: ref id -> value. Raises what their requests raised."""
         values = {}
         for ref_id, stored in supplied.items():
             tag, ref = split_ref(ref_id)
-            codec = codec_for(self._settings.secret_key, self._settings.namespace, tag)
+            codec = self._codec_of(tag)
             part, large = outcomes.large_part(stored), None
             if part is not None:
                 key = self._all_keys.deployment(tag).value(ref, part)
@@ -46,6 +54,9 @@ class LargeValues:
                     large = await aside(len(envelope), codec.verified, "value", ref.encode(), envelope)
             values[ref_id] = outcomes.open_stored(codec, ref.encode(), stored, large)
         return values
+
+    def _codec_of(self, tag: str) -> Codec:
+        return codec_for(self._settings.secret_key, self._settings.namespace, tag)
 
     async def write_value(self, ref: bytes, part: str, pickled: Pickled) -> bytes:
         """Store the value of a request; what its result key holds in its place."""

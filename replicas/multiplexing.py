@@ -135,7 +135,7 @@ class _Models:
         return await asyncio.shield(loading)  # others may wait for it, too
 
     async def _load(self, model_id: str, load: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        current.set(Request("", model_id))  # not the request that happened to be first: that may be cancelled
+        current.set(Request("", b"", model_id))  # not the request that happened to be first: that may be cancelled
         try:
             # One at a time, as in Ray: a model that is being loaded takes its memory before it is counted.
             async with self._turn:

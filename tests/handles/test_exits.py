@@ -72,7 +72,7 @@ def wait():
 
 
 @pytest.mark.usefixtures("held")
-@pytest.mark.parametrize("how", [name for name in WAITING if name not in ("remote", "stream")])
+@pytest.mark.parametrize("how", [name for name in WAITING if name != "remote"])
 def test_daemon_threads_that_wait_are_left_behind(how: str) -> None:
     script = (
         MAIN.format(waiting=WAITING[how])

@@ -212,7 +212,10 @@ async def test_line_survives_a_restart_of_the_server(own_server: Server, serving
     assert list(dict.fromkeys(names)) == [f"patient {x}" for x in range(100)] + [f"later {x}" for x in range(100)]
 
 
-async def test_blocked_loop_has_its_line_sent_by_another_engine(serving: Serving, notes: Notes) -> None:
+async def test_blocked_loop_has_its_line_sent_by_another_engine(
+    serving: Serving, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_warned", set())
     handle = patient(serving(Model, notes, max_ongoing_requests=1, max_queued_requests=1))
     await handle.remote("first")
     refs = [handle.remote(x).ref for x in range(5)]

@@ -188,7 +188,7 @@ async def test_batch_of_a_generator_knows_its_model() -> None:
         yield [serve.get_multiplexed_model_id()] * len(xs)
 
     async def caller(model_id: str) -> list[Any]:
-        current.set(Request("app.Model~1", model_id))
+        current.set(Request("app.Model", b"1", model_id))
         return await all_of(function(1))
 
     assert await together(*start(*map(caller, "abab"))) == [[name] * 2 for name in "abab"]
@@ -226,7 +226,7 @@ async def test_gate_of_one_model_does_not_hold_up_another() -> None:
         yield xs
 
     async def caller(model_id: str) -> list[Any]:
-        current.set(Request("app.Model~1", model_id))
+        current.set(Request("app.Model", b"1", model_id))
         return await all_of(function(1))
 
     slow, quick = start(caller("slow"), caller("quick"))

@@ -302,7 +302,7 @@ async def test_two_loops_at_once_do_not_meet() -> None:
 
 
 async def call_for(model_id: str, call: Callable[[Any], Any], x: Any) -> Any:
-    current.set(Request(f"app.Model~{x}", model_id))
+    current.set(Request("app.Model", f"{x}".encode(), model_id))
     return await call(x)
 
 

@@ -115,7 +115,7 @@ async def test_outside_of_a_replica_there_is_none(stage: Stage) -> None:
 
 
 async def test_request_alone_is_no_replica() -> None:
-    current.set(Request("app.Model~1", ""))
+    current.set(Request("app.Model", b"1"))
     constructed(object())
 
     with pytest.raises(MillstreamError):

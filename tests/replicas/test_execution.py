@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from millstream.broker.connection import Control
-from millstream.replicas.execution import Attempt, read_entry
+from millstream.replicas.attempt import Attempt, read_entry
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Stage
 

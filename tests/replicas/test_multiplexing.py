@@ -357,7 +357,7 @@ def test_without_a_request_there_is_no_id() -> None:
 
 async def test_id_is_that_of_the_request() -> None:
     async def ask(model_id: str) -> str:
-        current.set(Request("app.Model~1", model_id))
+        current.set(Request("app.Model", b"1", model_id))
         await asyncio.sleep(0)
         return serve.get_multiplexed_model_id()
 
@@ -374,7 +374,7 @@ async def test_loader_runs_for_no_single_request() -> None:
         seen.append((request.ref_id, request.model_id, serve.get_multiplexed_model_id()))
         return model_id
 
-    current.set(Request("app.Model~1", "a"))
+    current.set(Request("app.Model", b"1", "a"))
     await load("b")
 
     assert seen == [("", "b", "b")]
