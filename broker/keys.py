@@ -117,13 +117,18 @@ class DeploymentKeys:
         """hash: ref -> "<lane> <entry id>", or "parked" / "delayed". Present means pending. Removed at the request's end."""
         return f"{self.prefix}open"
 
-    def held(self, ref: str) -> str:
-        """hash: the body and fields of a parked or delayed request, and the values supplied so far. Removed when it leaves."""
-        return f"{self.held_prefix}{ref}"
+    @cached_property
+    def held(self) -> str:
+        """hash: ref of a parked or delayed request -> the request, packed (lua/held.lua). Removed when it leaves."""
+        return f"{self.prefix}held"
+
+    def supplied(self, ref: str) -> str:
+        """hash: the values that a parked request has got so far, where it waits for several. Removed when it leaves."""
+        return f"{self.supplied_prefix}{ref}"
 
     @cached_property
-    def held_prefix(self) -> str:
-        return f"{self.prefix}held:"
+    def supplied_prefix(self) -> str:
+        return f"{self.prefix}supplied:"
 
     @cached_property
     def parked(self) -> str:
@@ -243,6 +248,6 @@ class DeploymentKeys:
     def owned(self) -> tuple[str, ...]:
         """The keys that `delete` removes with the deployment (results stay until their TTL)."""
         return (
-            *self.lanes, self.open, self.parked, self.due, self.notes, self.deadlines, self.holds, self.dead,
+            *self.lanes, self.open, self.held, self.parked, self.due, self.notes, self.deadlines, self.holds, self.dead,
             self.config, self.definition, self.status, self.scaling, self.replicas,
         )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from millstream.broker.held import HeldRequest
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys, split_ref
 from millstream.broker.outcomes import large_part
 from millstream.broker.registry import Registry
@@ -131,21 +132,22 @@ async def _in_lane(registry: Registry, keys: DeploymentKeys, ref_id: str, lane: 
 
 async def _held(registry: Registry, keys: DeploymentKeys, ref_id: str) -> RequestView | None:
     """Parked or delayed; None if it has just been promoted."""
-    held = keys.held(split_ref(ref_id)[1])
-    dependencies = [name for name in await registry.client.hkeys(held) if name.startswith(b"dep:")]
+    ref = split_ref(ref_id)[1]
     async with registry.client.pipeline(transaction=True) as pipe:
-        pipe.hmget(held, "lane", "method", "due_ms")
-        for name in dependencies:
-            pipe.hstrlen(held, name)
-        (lane, method, due_ms), *sizes = await pipe.execute()
-    if lane is None:
+        pipe.hget(keys.open, ref)
+        pipe.hget(keys.held, ref)
+        pipe.hgetall(keys.supplied(ref))
+        place, packed, supplied = await pipe.execute()
+    if packed is None:
         return None
-    missing = [name[4:].decode() for name, size in zip(dependencies, sizes, strict=True) if not size]
+    held = HeldRequest.read(packed)
+    missing = [] if place != b"parked" or held.waits in ("-", "*") else [held.waits]
+    missing += [name[4:].decode() for name, value in supplied.items() if name.startswith(b"dep:") and not value]
     return RequestView(
         ref_id,
         State.PARKED if missing else State.DELAYED,
-        lane=lane.decode(),
-        method=method.decode(),
+        lane=held.lane,
+        method=held.method,
         waits_for=missing,
-        due_in_s=None if due_ms is None else max(0.0, (int(due_ms) - await registry.now_ms()) / 1000),
+        due_in_s=max(0.0, (held.due_ms - await registry.now_ms()) / 1000) if held.due_ms else None,
     )

@@ -198,8 +198,8 @@ def hold_all(keys: DeploymentKeys, client: str, requests: Iterable[Held]) -> Cal
     return Call(
         script("hold"),
         (
-            keys.config, keys.open, keys.result_prefix, keys.held_prefix, keys.parked, keys.due,
-            keys.notes, keys.deadlines, keys.payload_prefix,
+            keys.config, keys.open, keys.result_prefix, keys.held, keys.parked, keys.due,
+            keys.notes, keys.deadlines, keys.payload_prefix, keys.supplied_prefix,
         ),
         arguments,
         lambda reply: [Submitted(answer.decode()) for answer in reply],
@@ -231,7 +231,7 @@ def supply_all(keys: DeploymentKeys, values: Iterable[Value]) -> Call[list[Suppl
         arguments += (*value[:3], len(kept), *kept)
     return Call(
         script("supply"),
-        (keys.open, keys.parked, keys.due, keys.held_prefix, keys.prefix, keys.holds),
+        (keys.open, keys.parked, keys.due, keys.held, keys.supplied_prefix, keys.prefix, keys.holds),
         arguments,
         lambda reply: [Supplied(answer.decode()) for answer in reply],
     )
@@ -252,7 +252,8 @@ def reject(keys: DeploymentKeys, ref: str, ttl_s: int, envelope: bytes) -> Call[
     return Call(
         script("reject"),
         (
-            keys.parked, keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.held(ref), *_ending(keys),
+            keys.parked, keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.held,
+            keys.supplied_prefix, *_ending(keys),
         ),
         (ref, ttl_s, envelope),
         lambda reply: _waiters(reply[1]),
@@ -292,13 +293,15 @@ def _taking(keys: DeploymentKeys) -> tuple[str, ...]:
     """The keys of whatever ends requests from outside."""
     return (
         keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.prefix,
-        keys.held_prefix, keys.parked, keys.due, *_ending(keys), keys.orders_prefix,
+        keys.held, keys.parked, keys.due, *_ending(keys), keys.orders_prefix, keys.supplied_prefix,
     )  # fmt: skip
 
 
 def wake(keys: DeploymentKeys) -> Call[int]:
     """Promote delayed requests that are due; how many."""
-    return Call(script("wake"), (keys.due, keys.open, keys.held_prefix, keys.prefix), (SWEEP_LIMIT,), int)
+    return Call(
+        script("wake"), (keys.due, keys.open, keys.held, keys.supplied_prefix, keys.prefix), (SWEEP_LIMIT,), int
+    )
 
 
 def claim(keys: DeploymentKeys, replica: str, free: int, direct: int = 0) -> Call[tuple[int, list[Any]]]:
@@ -413,7 +416,7 @@ def sweep(keys: DeploymentKeys, holds_cursor: bytes = b"0") -> Call[Swept]:
         script("sweep"),
         (
             *keys.lanes, keys.replicas, keys.due, keys.parked, keys.open,
-            keys.held_prefix, keys.prefix, keys.lease_prefix, keys.deadlines, keys.holds,
+            keys.held, keys.prefix, keys.lease_prefix, keys.deadlines, keys.holds, keys.supplied_prefix,
         ),
         (SWEEP_LIMIT, REPAIR_AFTER_MS, RENEW_HOLDS_AFTER_MS, holds_cursor),
         lambda reply: Swept(

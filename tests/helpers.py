@@ -13,6 +13,7 @@ import hiredis
 
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.held import HeldRequest
 from millstream.broker.keys import GROUP, DeploymentKeys
 from millstream.broker.states import TERMINAL, State
 
@@ -219,11 +220,24 @@ async def read_result(client: Control, keys: DeploymentKeys, ref: str) -> tuple[
     return header.decode(), body
 
 
+async def read_held(client: Control, keys: DeploymentKeys, ref: str) -> HeldRequest:
+    packed: Any = await client.hget(keys.held, ref)
+    held = HeldRequest.read(packed)
+    assert held.packed() == packed
+    return held
+
+
+async def set_due(client: Control, keys: DeploymentKeys, ref: str, due_ms: int) -> None:
+    """Of a held request: as if it had been asked for then."""
+    held = await read_held(client, keys, ref)
+    await client.hset(keys.held, ref, held._replace(due_ms=due_ms).packed())
+
+
 async def read_state(client: Control, keys: DeploymentKeys, ref: str) -> State | None:
     """Where a request is, by all that the server holds about it. Fails the test if that contradicts itself."""
     place: Any = await client.hget(keys.open, ref)
     result = await read_result(client, keys, ref)
-    is_held = bool(await client.exists(keys.held(ref)))
+    is_held = bool(await client.hexists(keys.held, ref))
     if place is None:
         assert not is_held, f"{ref} is held and not open"
         return None if result is None else _terminal(result[0])

@@ -60,7 +60,7 @@ def _owned_by_deployments(snapshot: Snapshot) -> set[str]:
     owned: set[str] = set()
     for keys, requests in snapshot.requests.items():
         if keys.config in snapshot.ttls_ms:
-            owned |= {*keys.owned, *(key(ref) for ref in requests.open for key in (keys.held, keys.payload))}
+            owned |= {*keys.owned, *(key(ref) for ref in requests.open for key in (keys.supplied, keys.payload))}
     return owned
 
 
@@ -137,7 +137,7 @@ def _read_requests(client: Any, keys: DeploymentKeys, names: list[str]) -> Reque
         },
         parked=members(keys.parked),
         delayed=members(keys.due),
-        held=tails(keys.held_prefix),
+        held=frozenset(ref.decode() for ref in client.hkeys(keys.held)),
         ended=tails(keys.result_prefix),
         noted=frozenset(name.decode().rpartition(":")[0] for name in client.hkeys(keys.notes)),
         timed=members(keys.deadlines),

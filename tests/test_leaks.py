@@ -51,10 +51,10 @@ def test_keys_of_another_deployment_are_leaks() -> None:
     assert find_leaks(snapshot(MODEL.config, other.open)) == [other.open]
 
 
-def test_held_key_is_no_leak_while_its_request_is_open() -> None:
-    held = MODEL.held(REF)
-    assert find_leaks(snapshot(MODEL.config, held, requests=Requests(open={REF: "parked"}))) == []
-    assert find_leaks(snapshot(MODEL.config, held)) == [held]
+def test_supplied_values_are_no_leak_while_its_request_is_open() -> None:
+    supplied = MODEL.supplied(REF)
+    assert find_leaks(snapshot(MODEL.config, supplied, requests=Requests(open={REF: "parked"}))) == []
+    assert find_leaks(snapshot(MODEL.config, supplied)) == [supplied]
 
 
 def test_large_arguments_are_no_leak_while_their_request_is_open() -> None:

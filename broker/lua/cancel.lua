@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- cancel: parked | delayed | queued | running -> cancelled | timed_out (by its deadline, on the server's clock).
--- KEYS  1 open  2 notes  3 result prefix  4 reply prefix  5 lane prefix  6 held prefix  7 parked  8 due  9 deadlines
---       10 holds  11 payload prefix  12 orders prefix
+-- KEYS  1 open  2 notes  3 result prefix  4 reply prefix  5 lane prefix  6 held  7 parked  8 due  9 deadlines
+--       10 holds  11 payload prefix  12 orders prefix  13 supplied prefix
 -- ARGV  1 "cancelled" | "timed_out"  2 ttl_s  3 why, as the caller will read it   then refs
 -- reply {per ref "ended" | "gone" (not open any more) | ms until its deadline (-1 without one), {ref, waiter, ...}}.
 -- Error BADREQUEST
 local open, notes, results, replies = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local lane_prefix, held_prefix, parked, due = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local lane_prefix, held, parked, due, supplied_prefix = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[13]
 local deadlines, holds, payloads, orders_prefix, ttl_s = KEYS[9], KEYS[10], KEYS[11], KEYS[12], ARGV[2]
 if ARGV[1] ~= 'cancelled' and ARGV[1] ~= 'timed_out' then
   return redis.error_reply('BADREQUEST cancelled or timed_out, not ' .. ARGV[1])

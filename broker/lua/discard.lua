@@ -4,7 +4,7 @@
 -- ARGV  1 cursor  2 at about so many  3 ttl_s  4 why, as the caller will read it  5 "all" | "waiting" (running ones may finish)
 -- reply {next cursor ("0": through), {ref, waiter, ...}}
 local open, notes, results, replies = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local lane_prefix, held_prefix, parked, due = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local lane_prefix, held, parked, due, supplied_prefix = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[13]
 local deadlines, holds, payloads, orders_prefix, ttl_s = KEYS[9], KEYS[10], KEYS[11], KEYS[12], ARGV[3]
 --include ending
 --include taking

@@ -1,15 +1,17 @@
 #!lua
 -- hold: unknown -> parked (some arguments have no value yet) | delayed, for each request. Twice is as once.
--- KEYS  1 config  2 open  3 result prefix  4 held prefix  5 parked  6 due  7 notes  8 deadlines  9 payload prefix
+-- KEYS  1 config  2 open  3 result prefix  4 held  5 parked  6 due  7 notes  8 deadlines  9 payload prefix
+--       10 supplied prefix
 -- ARGV  1 client  2 repair_after_ms   then per request: ref, lane, method, extras (as of submit), envelope, delay_ms,
 --       due_ms (at the earliest), number of refs it depends on, their ids
 -- reply per request "new" | "open" | "done" | "missing" (its payload). Errors NODEPLOYMENT (no config), TOOMANYREFS,
 -- BADREQUEST (arguments that make no sense): nothing was written
-local open, client, repair_ms = KEYS[2], ARGV[1], nil
+local open, held, supplied_prefix, client, repair_ms = KEYS[2], KEYS[4], KEYS[10], ARGV[1], nil
 local config = redis.call('HMGET', KEYS[1], 'max_attempts', 'timeout_ms')
 if not config[1] then return redis.error_reply('NODEPLOYMENT this deployment does not exist') end
 local notes, deadlines, payloads, default_timeout_ms = KEYS[7], KEYS[8], KEYS[9], tonumber(config[2] or nil)
 --include extras
+--include held
 repair_ms = finite(ARGV[2])
 local requests, refs, result_keys, i = {}, {}, {}, 3
 while i <= #ARGV do
@@ -34,35 +36,44 @@ if #requests > MOST then return redis.error_reply('BADREQUEST 3900 requests at m
 
 local is_open = redis.call('HMGET', open, unpack(refs))
 local has_ended = redis.call('EXISTS', unpack(result_keys)) > 0
-local places, parked, due, seen = {}, {}, {}, {}
+local places, packed, parked, due, seen = {}, {}, {}, {}, {}
 
--- The fields of a request, and what is missing: a ref that is named twice is one.
-local function hold(request, more)
-  local held = {
-    'ref', request.ref, 'method', request.method, 'reply', client, 'body', request.envelope, 'lane', request.lane,
-    unpack(more),
-  }
-  local function add(name, value)
-    held[#held + 1] = name
-    held[#held + 1] = value
-  end
-  local due_ms, missing, named = 0, 0, {}
-  if request.delay_ms > 0 or request.due_ms > 0 then due_ms = math.max(clock() + request.delay_ms, request.due_ms) end
-  if due_ms > clock() then add('due_ms', string.format('%.0f', due_ms)) end
+-- What it waits for, as it is packed. A ref that is named twice is one.
+local function note_missing(request)
+  if request.count == 0 then return '-' end
+  local first = ARGV[request.first]
+  if request.count == 1 then return first end
+  local fields, missing, named = {}, 0, {}
   for k = request.first, request.first + request.count - 1 do
     if not named[ARGV[k]] then
       named[ARGV[k]] = true
       missing = missing + 1
-      add('dep:' .. ARGV[k], '')
+      fields[#fields + 1] = 'dep:' .. ARGV[k]
+      fields[#fields + 1] = ''
     end
   end
-  if missing > 0 then add('missing', missing) end
-  redis.call('HSET', KEYS[4] .. request.ref, unpack(held))
-  places[#places + 1] = request.ref
-  places[#places + 1] = missing > 0 and 'parked' or 'delayed'
-  local scores = missing > 0 and parked or due
-  scores[#scores + 1] = string.format('%.0f', missing > 0 and clock() + repair_ms or math.max(due_ms, clock()))
-  scores[#scores + 1] = request.ref
+  if missing == 1 then return first end
+  redis.call('HSET', supplied_prefix .. request.ref, 'missing', missing, unpack(fields))
+  return '*'
+end
+
+local function hold(request, more)
+  local ref, waits, due_ms = request.ref, note_missing(request), 0
+  if request.delay_ms > 0 or request.due_ms > 0 then due_ms = math.max(clock() + request.delay_ms, request.due_ms) end
+  local is_later = due_ms > clock()
+  packed[#packed + 1] = ref
+  packed[#packed + 1] = pack_held(
+    request.lane, is_later and string.format('%.0f', due_ms) or '0', waits, request.method, client, more, request.envelope)
+  places[#places + 1] = ref
+  if waits == '-' then
+    places[#places + 1] = 'delayed'
+    due[#due + 1] = string.format('%.0f', math.max(due_ms, clock()))
+    due[#due + 1] = ref
+  else
+    places[#places + 1] = 'parked'
+    parked[#parked + 1] = string.format('%.0f', clock() + repair_ms)
+    parked[#parked + 1] = ref
+  end
 end
 
 local answers = {}
@@ -84,7 +95,10 @@ for position, request in ipairs(requests) do
   end
   answers[position] = answer
 end
-if #places > 0 then redis.call('HSET', open, unpack(places)) end
+if #places > 0 then
+  redis.call('HSET', held, unpack(packed))
+  redis.call('HSET', open, unpack(places))
+end
 if #parked > 0 then redis.call('ZADD', KEYS[5], unpack(parked)) end
 if #due > 0 then redis.call('ZADD', KEYS[6], unpack(due)) end
 return answers

@@ -1,24 +1,27 @@
 #!lua flags=allow-oom
 -- sweep: delayed -> queued where due; names parked requests to look after, replicas without a lease, requests past their
 -- deadline, and large values to keep. Bounded, idempotent.
--- KEYS  1-4 lanes  5 replicas  6 due  7 parked  8 open  9 held prefix  10 lane prefix  11 lease prefix  12 deadlines  13 holds
+-- KEYS  1-4 lanes  5 replicas  6 due  7 parked  8 open  9 held  10 lane prefix  11 lease prefix  12 deadlines  13 holds
+--       14 supplied prefix
 -- ARGV  1 at most so many  2 repair_after_ms  3 renew_holds_after_ms  4 cursor in the holds
 -- reply {promoted, {{ref, ref id it misses, ...}, ...}, {replica without lease, ...}, {overdue ref, ...},
 --        {next cursor, {key, ...}}}
-local open, held_prefix, lane_prefix, due, limit = KEYS[8], KEYS[9], KEYS[10], KEYS[6], ARGV[1]
+local open, held, supplied_prefix, lane_prefix, due, limit = KEYS[8], KEYS[9], KEYS[14], KEYS[10], KEYS[6], ARGV[1]
 --include waking
 
 local ENOUGH = 500 -- fields to look at: each costs 8 us here, and a round trip of the sweeper if its value is missing
 local stuck, looked_at = {}, 0
 for _, ref in ipairs(redis.call('ZRANGEBYSCORE', KEYS[7], '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
   if looked_at >= ENOUGH then break end
-  local row, held_fields = { ref }, redis.call('HKEYS', held_prefix .. ref)
-  looked_at = looked_at + #held_fields
-  for _, field in ipairs(held_fields) do
-    if string.sub(field, 1, 4) == 'dep:' and redis.call('HSTRLEN', held_prefix .. ref, field) == 0 then
+  local row, _, _, waits = { ref }, unpack_held(ref, redis.call('HGET', held, ref) or '')
+  local fields = waits == '*' and redis.call('HKEYS', supplied_prefix .. ref) or {}
+  for _, field in ipairs(fields) do
+    if string.sub(field, 1, 4) == 'dep:' and redis.call('HSTRLEN', supplied_prefix .. ref, field) == 0 then
       row[#row + 1] = string.sub(field, 5)
     end
   end
+  if waits and waits ~= '*' then row[#row + 1] = waits end
+  looked_at = looked_at + 1 + #fields
   stuck[#stuck + 1] = row
   redis.call('ZADD', KEYS[7], now_ms + ARGV[2], ref)
 end

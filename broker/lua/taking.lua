@@ -1,5 +1,6 @@
 -- taking: take an open request away from where it is. Included by the scripts that end requests from outside.
--- expects locals: lane_prefix, held_prefix, parked, due, orders_prefix
+-- expects locals: lane_prefix, parked, due, orders_prefix, and what held expects
+--include held
 
 -- From a lane, and from the replica that runs it, which is told. Its client, or nil: it runs and shall be `spared`.
 local function take_from_lane(lane_name, entry, spared)
@@ -18,11 +19,12 @@ local function take_from_lane(lane_name, entry, spared)
 end
 
 local function take_from_held(ref)
-  local client = redis.call('HGET', held_prefix .. ref, 'reply') or ''
-  redis.call('DEL', held_prefix .. ref)
+  local _, _, _, fields = unpack_held(ref, redis.call('HGET', held, ref) or '')
+  redis.call('HDEL', held, ref)
+  redis.call('DEL', supplied_prefix .. ref)
   redis.call('ZREM', parked, ref)
   redis.call('ZREM', due, ref)
-  return client
+  return fields and fields[6] or ''
 end
 
 -- Take a request away by its place in `open`: its client, and the rest of the header of its result.

@@ -4,8 +4,11 @@
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local due_now = redis.call('ZRANGEBYSCORE', due, '-inf', now_ms, 'LIMIT', 0, limit)
-for _, ref in ipairs(due_now) do
-  redis.call('ZREM', due, ref)
-  if redis.call('EXISTS', held_prefix .. ref) == 1 then promote(ref) end
+if #due_now > 0 then
+  redis.call('ZREM', due, unpack(due_now))
+  local requests = redis.call('HMGET', held, unpack(due_now))
+  for position, ref in ipairs(due_now) do
+    if requests[position] then promote(ref, requests[position]) end
+  end
+  settle_promoted()
 end
-settle_promoted()

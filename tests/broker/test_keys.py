@@ -64,7 +64,7 @@ def test_lanes_come_in_the_order_in_which_replicas_take_from_them() -> None:
 
 
 def test_prefixes_are_those_of_the_keys_that_scripts_put_together() -> None:
-    assert MODEL.held("x") == MODEL.held_prefix + "x"
+    assert MODEL.supplied("x") == MODEL.supplied_prefix + "x"
     assert MODEL.result("x") == MODEL.result_prefix + "x"
     assert MODEL.lease("x") == MODEL.lease_prefix + "x"
     assert MODEL.reply("x") == MODEL.reply_prefix + "x"

@@ -25,6 +25,7 @@ from tests.helpers import (
     seed_delayed,
     seed_parked,
     seed_running,
+    set_due,
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
@@ -107,8 +108,8 @@ async def prepare(redis: Control, keys: DeploymentKeys, event: Event, subject: S
     match event:
         case Event.PROMOTE:
             await age(redis, keys.due, subject.ref)
-        case Event.SUPPLY_EARLY if await redis.exists(keys.held(subject.ref)):
-            await redis.hset(keys.held(subject.ref), "due_ms", LATER_MS)
+        case Event.SUPPLY_EARLY if await redis.hexists(keys.held, subject.ref):
+            await set_due(redis, keys, subject.ref, LATER_MS)
         case Event.EXPIRE if await redis.hexists(keys.open, subject.ref):
             await redis.zadd(keys.deadlines, {subject.ref: 1})
         case Event.BURY:

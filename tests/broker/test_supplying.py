@@ -255,7 +255,7 @@ async def test_supplying_twice_is_as_once(
     for _ in range(2):
         await supplier.supply(f"app.Model~{upstream.ref}", [f"app.Model~{waiter}"])
 
-    assert await redis.hget(keys.held(waiter), "missing") == b"1"
+    assert await redis.hget(keys.supplied(waiter), "missing") == b"1"
 
 
 async def test_what_has_not_ended_supplies_nothing(redis: Control, keys: DeploymentKeys, supplier: Supplier) -> None:

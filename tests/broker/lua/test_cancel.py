@@ -78,7 +78,7 @@ async def test_held_request_leaves_nothing_but_its_result(redis: Control, keys: 
     await cancel(redis, keys, ref)
 
     assert await read_result(redis, keys, ref) == ("cancelled - -", b"why not")
-    assert not await redis.exists(keys.open, keys.parked, keys.due, keys.deadlines, keys.notes, keys.held(ref))
+    assert not await redis.exists(keys.open, keys.parked, keys.due, keys.deadlines, keys.notes, keys.held)
 
 
 async def test_answers_come_in_the_order_of_the_refs(redis: Control, keys: DeploymentKeys) -> None:

@@ -25,6 +25,7 @@ from tests.helpers import (
     seed_delayed,
     seed_parked,
     seed_running,
+    set_due,
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
@@ -179,8 +180,10 @@ async def test_request_that_asks_for_everything_and_waits_for_the_most_refs_is_q
         keys, CALLER, ref.encode(), "low", b"m", b"", extras=EVERYTHING.encode(), delay_ms=1, depends_on=upstream
     )
     await run(redis, call)
-    await redis.hset(keys.held(ref), mapping={"missing": 1, **{f"dep:{value_id}": "v" for value_id in upstream[1:]}})
-    await redis.hset(keys.held(ref), "due_ms", 1)
+    await redis.hset(
+        keys.supplied(ref), mapping={"missing": 1, **{f"dep:{value_id}": "v" for value_id in upstream[1:]}}
+    )
+    await set_due(redis, keys, ref, 1)
 
     supplied = await run(redis, scripts.supply(keys, ref, upstream[0], b"v"))
     await claim(redis, keys)

@@ -18,11 +18,13 @@ from tests.helpers import (
     new_ref,
     open_inbox,
     read_everything,
+    read_held,
     read_result,
     read_state,
     seed_delayed,
     seed_parked,
     seed_running,
+    set_due,
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
@@ -110,7 +112,7 @@ async def test_repeated_supply_counts_once_and_keeps_the_first_value(redis: Cont
 
     assert answer == Supplied.GONE
     assert await read_state(redis, keys, ref) == State.PARKED
-    assert await redis.hget(keys.held(ref), f"dep:{A}") == b"first"
+    assert await redis.hget(keys.supplied(ref), f"dep:{A}") == b"first"
 
 
 async def test_supply_repeated_after_the_promotion_changes_nothing(redis: Control, keys: DeploymentKeys) -> None:
@@ -160,7 +162,9 @@ async def test_request_with_the_most_refs_it_may_wait_for_is_queued(redis: Contr
     await deploy_config(redis, keys)
     ref, upstream = new_ref(), [f"up.Up~{number:022d}" for number in range(3900)]
     await run(redis, hold(keys, ref, *upstream))
-    await redis.hset(keys.held(ref), mapping={"missing": 1, **{f"dep:{value_id}": "v" for value_id in upstream[1:]}})
+    await redis.hset(
+        keys.supplied(ref), mapping={"missing": 1, **{f"dep:{value_id}": "v" for value_id in upstream[1:]}}
+    )
 
     assert await supply(redis, keys, ref, upstream[0]) == Supplied.QUEUED
 
@@ -185,7 +189,7 @@ async def test_delayed_request_that_also_waits_is_delayed_once_it_has_its_values
 
     assert answer == Supplied.DELAYED
     assert await read_state(redis, keys, ref) == State.DELAYED
-    assert await redis.zscore(keys.due, ref) == float(await redis.hget(keys.held(ref), "due_ms") or 0)
+    assert await redis.zscore(keys.due, ref) == float((await read_held(redis, keys, ref)).due_ms)
 
 
 async def test_delayed_request_whose_time_has_come_is_queued_by_its_last_value(
@@ -193,7 +197,7 @@ async def test_delayed_request_whose_time_has_come_is_queued_by_its_last_value(
 ) -> None:
     await deploy_config(redis, keys)
     ref = await seed_parked(redis, keys, A, delay_ms=3_600_000)
-    await redis.hset(keys.held(ref), "due_ms", 1)
+    await set_due(redis, keys, ref, 1)
 
     assert await supply(redis, keys, ref, A) == Supplied.QUEUED
     (one,) = await claim(redis, keys)
@@ -215,7 +219,7 @@ async def test_rejected_request_fails_with_the_error_and_its_caller_is_told(
         assert await inbox.take() == {ref: b"failed - -\n\x01p\nerror"}
     assert await read_result(redis, keys, ref) == ("failed - -", b"\x01p\nerror")
     assert 0 < await redis.pttl(keys.result(ref)) <= 7000
-    assert not await redis.exists(keys.held(ref), keys.parked, keys.open)
+    assert not await redis.exists(keys.held, keys.supplied(ref), keys.parked, keys.open)
 
 
 async def test_repeated_reject_changes_nothing(redis: Control, keys: DeploymentKeys) -> None:
