@@ -64,7 +64,11 @@ class Supplier:
         values: dict[str, list[scripts.Value]] = {}
         failed: list[Outcome] = []
         for one in todo:
-            keep = await self._keep(one.ref_id, one.stored) if one.stored[:9] == b"succeeded" else None
+            if one.stored[:9] != b"succeeded":
+                failed.append(one)
+                continue
+            part = outcomes.large_part(one.stored)
+            keep = [] if part is None else await self._keep(one.ref_id, part)
             if keep is not None:
                 waiter_tag, waiter = split_ref(one.waiter_id)
                 values.setdefault(waiter_tag, []).append(scripts.Value(waiter, one.ref_id, one.stored, keep))
@@ -85,15 +89,12 @@ class Supplier:
         further = await self._run(call)
         return [Outcome(one.waiter_id, again.waiter_id, b"failed - -\n" + envelope) for again in further]
 
-    async def _keep(self, ref_id: str, stored: bytes) -> list[str] | None:
-        """The keys that a dependant of this value needs beside it, kept for an hour from now; None if they are gone.
+    async def _keep(self, ref_id: str, part: str) -> list[str] | None:
+        """The keys that a dependant of this large value needs beside it, kept for an hour from now; None if they are gone.
 
         A large value is not copied into the slot of its dependant: it stays in a key of its own, and the dependant's
         `holds` has the sweeper renew that for as long as it is needed.
         """
-        part = outcomes.large_part(stored)
-        if part is None:
-            return []
         tag, ref = split_ref(ref_id)
         key = self._keys.deployment(tag).value(ref, part)
         return [key] if await self._run(scripts.keep([key])) else None

@@ -15,10 +15,14 @@ class RefTask(asyncio.Task[ObjectRef[T_co]]):
     """What `DeploymentHandle.remote` returns: a task whose result is the ref, which is known before it is done."""
 
     ref: ObjectRef[T_co]
+    is_argument = False  # another request needs it
 
     def cancel(self, msg: Any = None) -> bool:
-        """Before the match this cancels the request, as in Ray; later it does nothing."""
-        if not self.done():  # its coroutine may not have begun, and could not do this then
+        """Before the match this cancels the request, as in Ray; later, and once it is an argument, it does nothing.
+
+        The end of an event loop cancels all tasks: what they have put together goes on.
+        """
+        if not self.done() and not self.is_argument:  # its coroutine may not have begun, and could not do this then
             self.ref.cancel_unmatched()
         return super().cancel(msg)
 
@@ -99,6 +103,7 @@ def _later(value: Any, depends_on: list[ObjectRef]) -> Any:
 
 def _task_to_ref(value: Any) -> Any:
     if isinstance(value, RefTask):
+        value.is_argument = True
         value.add_done_callback(_note_failure)
         return value.ref
     if isinstance(value, asyncio.Future):

@@ -45,7 +45,8 @@ class DeploymentHandle(BaseHandle, Generic[T_co]):
         """Send a request. The task gives its `ObjectRef` once a replica has it, or it is parked, delayed or ended.
 
         With block_until="queued", once the server has it. From then on it is not lost, whatever becomes of the caller.
-        Cancelling the task before that cancels the request (as in Ray), later it does nothing. With options(stream=True)
+        Cancelling the task before that cancels the request (as in Ray), later, or once it is an argument of another call,
+        it does nothing. With options(stream=True)
         this is `stream`.
 
         Raises SerializationError at once; the task raises DeploymentNotFoundError, DeployFailedError,

@@ -126,10 +126,11 @@ class Finisher:
             self._start_chore(self._supply(lane, batch, waiters))
 
     async def _supply(self, lane: str, batch: list[Any], waiters: list[Waiter]) -> None:
-        stored = {}
+        stored, wanted = {}, {waiter.ref for waiter in waiters}
         for i in range(0, len(batch), FIELDS):
             entry, ref, _, state, envelope = batch[i : i + FIELDS]
-            stored[ref] = b"%b %b %b\n%b" % (state, lane.encode(), entry, envelope)
+            if ref in wanted:
+                stored[ref] = b"%b %b %b\n%b" % (state, lane.encode(), entry, envelope)
         with contextlib.suppress(BrokerUnavailableError):  # any sweeper finds the rest
             await self._supplier.supply_all(self._keys.tag, waiters, stored)
 

@@ -237,6 +237,21 @@ def test_graph_runs_on_when_its_caller_is_gone(serving: Serving) -> None:
     assert ObjectRef.from_id(ref_id).result(5) == 3
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_end_of_a_loop_cancels_no_request_that_another_one_needs(serving: Serving, inside: bool) -> None:
+    slow, handle = serving.deploy_only(Model), serving(Model)
+
+    async def start_and_leave() -> str:
+        upstream = slow.note.remote(1)  # nobody takes it before the loop, and with it this task, ends
+        return (await handle.note.remote([upstream] if inside else upstream)).id
+
+    ref_id = asyncio.run(start_and_leave())
+    serving.start_replica(slow, Model)
+
+    ((value,), _) = ObjectRef.from_id(ref_id).result(5)
+    assert (value[0].result(5) if inside else value) == ((1,), {})
+
+
 # waiting
 
 
