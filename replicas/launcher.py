@@ -4,7 +4,6 @@ It imports no user code. What a dead replica held is released within millisecond
 """
 
 import asyncio
-import json
 import logging
 import os
 import random
@@ -13,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,12 +21,13 @@ from anyio.abc import TaskGroup
 from millstream.broker import scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
-from millstream.broker.records import NodeRecord, Planned, ReplicaRecord
+from millstream.broker.records import Planned
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import LEASE_S, Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
 from millstream.replicas.control import Control
+from millstream.replicas.membership import Membership
 from millstream.replicas.output import prefix_of, relay
 from millstream.replicas.parents import Parents
 from millstream.replicas.process import Message, ReplicaProcess, WarmFailed
@@ -51,6 +50,7 @@ class Launcher:
         self._run = partial(run, self._client)
         self._ask = self._client.execute_command
         self._registry = Registry(self._client, settings)
+        self._membership = Membership(self._registry, self._run, self.node, lease_s)
         self._supplier = Supplier(settings, self._run)
         self._sweeper = Sweeper(settings, self._run, self._ask, lease_s=lease_s)
         self._parents = Parents(settings)
@@ -60,7 +60,6 @@ class Launcher:
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._is_stopping = False
-        self._record = ""  # of this node, as it is stored
 
     async def run(self) -> None:
         """Work until stopped. Outages of the server are waited out."""
@@ -99,7 +98,7 @@ class Launcher:
                     process.well_at = time.monotonic()
 
     async def _reconcile_loop(self) -> None:
-        await self._register()
+        await self._membership.join()
         while not self._is_stopping:
             self._nudge.clear()
             await self.step()
@@ -108,7 +107,7 @@ class Launcher:
 
     async def _renew_loop(self) -> None:
         while True:
-            await self._renew()
+            await self._membership.renew(self._replicas.values())
             self._outage.ended()
             await anyio.sleep(self._lease_s / 3)
 
@@ -209,19 +208,22 @@ class Launcher:
             return  # the next pass tries again
 
     async def _start(self, tag: str, version: str) -> None:
+        process = None
         try:
-            await self._start_one(tag, version)
+            process = await self._fork(tag, version)
         except WarmFailed as e:
             await self._cannot_import(tag, version, e)
         except DOWN as e:
             log.warning("replica of %s not started: %s", tag, e)
-        finally:
+        finally:  # in one go with its entry among the replicas: a pass in between would count it twice, and drain it
             self._starts.end(tag, version)
+        if process is not None:
+            await self._for_sure(lambda: self._membership.enlist(process))
 
-    async def _start_one(self, tag: str, version: str) -> None:
+    async def _fork(self, tag: str, version: str) -> ReplicaProcess | None:
         current = await self._registry.current(tag)
         if current is None or current.version != version:
-            return  # replaced meanwhile; the plan will say so
+            return None  # replaced meanwhile; the plan will say so
         app, config, parent = tag.partition(".")[0], current.config, None
         tags = list(await self._registry.of_version(app, version))
         if config.start_method != "spawn":
@@ -229,7 +231,7 @@ class Launcher:
         if parent is None:
             parent = await self._parents.become(app, tags)
         replica = f"r-{secrets.token_hex(3)}"
-        keys = self._registry.keys_of(tag)
+        await self._membership.lease(tag, replica)
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         ours, theirs = socket.socketpair()
@@ -237,7 +239,6 @@ class Launcher:
             "tag": tag, "replica": replica, "node": self.node, "version": version, "revision": current.revision,
             "config": config.to_json(),
         }  # fmt: skip
-        await self._run(scripts.renew([keys.lease(replica)], self._lease_s, self.node))
         try:
             pid = await parent.fork(order, [out_write, err_write, theirs.fileno()])
         finally:
@@ -246,13 +247,12 @@ class Launcher:
             theirs.close()
         process = ReplicaProcess(replica, tag, current, pid, parent, Control(ours))
         self._replicas[replica] = process
-        starting = ReplicaRecord(replica, self.node, pid, version, "STARTING", await self._registry.now_ms())
-        await self._run(scripts.enlist(keys.replicas, replica, json.dumps(asdict(starting)), only_if_new=True))
         prefix = prefix_of(tag, replica)
         self._start_task(relay(out_read, prefix, sys.stdout))
         self._start_task(relay(err_read, prefix, sys.stderr))
         self._start_task(process.listen(self._heard))
         process.watch(self._died)
+        return process
 
     async def _cannot_import(self, tag: str, version: str, error: WarmFailed) -> None:
         current = await self._for_sure(lambda: self._registry.current(tag))
@@ -338,31 +338,10 @@ class Launcher:
 
     # the node itself
 
-    async def _register(self) -> None:
-        record = NodeRecord(self.node, socket.gethostname(), os.getpid(), await self._registry.now_ms())
-        self._record = json.dumps(asdict(record))
-        await self._renew()
-        await self._registry.announce(f"node {self.node} is up")
-
-    async def _renew(self) -> None:
-        """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
-        await self._run(scripts.renew([self._registry.keys.node_lease(self.node)], self._lease_s, self.node))
-        if self._record:
-            await self._run(scripts.enlist(self._registry.keys.nodes, self.node, self._record))
-        by_tag: dict[str, list[str]] = {}
-        for process in self._replicas.values():
-            by_tag.setdefault(process.tag, []).append(process.replica)
-        for tag, replicas in by_tag.items():
-            keys = self._registry.keys_of(tag)
-            await self._run(scripts.renew([keys.lease(replica) for replica in replicas], self._lease_s, self.node))
-
     async def _drain_all(self) -> None:
         """Drain every replica, wait for their ends, and take the node off the list."""
         try:
-            keys = self._registry.keys
-            await self._client.hdel(keys.nodes, self.node)
-            await self._client.delete(keys.node_lease(self.node), keys.node_plan(self.node))
-            await self._registry.announce(f"node {self.node} is leaving")
+            await self._membership.leave()
         except DOWN as e:
             log.warning("the node could not be taken off the list: %s", e)
         give_up = time.monotonic() + DeploymentConfig().graceful_shutdown_timeout_s

@@ -35,7 +35,7 @@ class Claimed:
 
 
 async def wait_until(
-    condition: Callable[[], Awaitable[bool]] | Callable[[], bool], timeout_s: float = 5.0, what: str = ""
+    condition: Callable[[], Awaitable[bool]] | Callable[[], bool], timeout_s: float = 20.0, what: str = ""
 ) -> None:
     """Return as soon as `condition()` holds; fail the test if it does not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s

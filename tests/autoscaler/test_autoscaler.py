@@ -19,6 +19,7 @@ from millstream.broker.records import DeploymentView, NewDeployment, NodeRecord,
 from millstream.broker.registry import Registry
 from millstream.config import AutoscalingConfig, DeploymentConfig, Settings
 from tests.helpers import finish, seed_delayed, seed_queued, seed_running, wait_until
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -360,6 +361,7 @@ async def running(autoscaler: Autoscaler) -> AsyncIterator[Autoscaler]:
         autoscaler.stop()
 
 
+@timed
 async def test_first_request_wakes_a_deployment_at_zero_at_once(
     redis: Control, keys: DeploymentKeys, registry: Registry, running: Autoscaler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

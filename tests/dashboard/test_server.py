@@ -21,6 +21,7 @@ from tests.dashboard.seeding import seed_shop
 from tests.dashboard.serving import serve_dashboard
 from tests.helpers import wait_until
 from tests.servers import Server
+from tests.timing import timed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 NOWHERE = Settings("redis://127.0.0.1:1")
@@ -81,6 +82,7 @@ async def test_signals_stay_with_the_caller() -> None:
     assert during == before
 
 
+@timed
 async def test_cancelling_ends_it_soon_although_a_client_listens() -> None:
     async with serve_dashboard(NOWHERE) as http, http.stream("GET", "/api/live") as answer:
         await anext(events(answer))

@@ -35,7 +35,7 @@ def test_example_runs_and_prints_what_it_promises(block: Block, tmp_path: Path) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
 

@@ -14,7 +14,7 @@ def test_tests_of_the_example_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "millstream.pytest_plugin", "examples/testing"]
 
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "7 passed" in ran.stdout

@@ -22,6 +22,7 @@ from tests.handles.elsewhere import run_elsewhere
 from tests.handles.held import Model, Notes, in_state
 from tests.helpers import read_state, read_states, wait_until
 from tests.replica_helpers import Serving
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -176,6 +177,7 @@ async def test_reader_that_has_the_id_only_is_told(serving: Serving, state: Stat
 
 
 @pytest.mark.parametrize("state", [State.PARKED, State.DELAYED, State.QUEUED, State.RUNNING])
+@timed
 async def test_dependants_fail_at_once_with_the_original_error(serving: Serving, state: State, notes: Notes) -> None:
     handle = serving(Model, notes, max_ongoing_requests=1)
     ref = await in_state(handle, state, notes)

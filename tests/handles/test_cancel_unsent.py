@@ -14,6 +14,7 @@ from tests.handles.held import Model, Notes
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving
 from tests.servers import Server
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -52,6 +53,7 @@ async def test_request_in_the_air_is_cancelled(serving: Serving, notes: Notes) -
 
 
 @pytest.mark.parametrize("how", ["plain", "delayed", "dependent", "large"])
+@timed
 async def test_request_made_while_the_server_is_down_is_cancelled_at_once_and_not_sent_later(
     own_server: Server, serving_there: Serving, how: str, notes: Notes
 ) -> None:

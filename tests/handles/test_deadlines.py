@@ -22,6 +22,7 @@ from tests.handles.elsewhere import run_elsewhere
 from tests.handles.held import TIMEOUT_S, Model, Notes, blocking, in_time
 from tests.helpers import new_ref, read_state, request, wait_until
 from tests.replica_helpers import Serving
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -46,6 +47,7 @@ async def to_end(handle: DeploymentHandle, how: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", ["call", "ref", "remote", "sync call", "sync remote"])
+@timed
 async def test_queued_request_times_out_and_is_never_started(
     serving: Serving, redis: Control, keys: DeploymentKeys, notes: Notes, how: str
 ) -> None:
@@ -63,6 +65,7 @@ async def test_queued_request_times_out_and_is_never_started(
 
 
 @pytest.mark.parametrize("state", [State.PARKED, State.DELAYED, State.RUNNING])
+@timed
 async def test_request_times_out_wherever_it_is(
     serving: Serving, redis: Control, keys: DeploymentKeys, notes: Notes, state: State
 ) -> None:
@@ -85,6 +88,7 @@ async def test_request_times_out_wherever_it_is(
     assert set(notes.started) - {"first"} == ({"it"} if state is State.RUNNING else set())
 
 
+@timed
 async def test_running_coroutine_is_cancelled_inside_with_what_it_has_sent(serving: Serving, notes: Notes) -> None:
     class Parent:
         def __init__(self, child: DeploymentHandle) -> None:
@@ -101,6 +105,7 @@ async def test_running_coroutine_is_cancelled_inside_with_what_it_has_sent(servi
     await wait_until(lambda: notes.cancelled == ["child"])
 
 
+@timed
 async def test_running_thread_is_told(serving: Serving, notes: Notes) -> None:
     handle = serving(Model, notes)
 
@@ -110,6 +115,7 @@ async def test_running_thread_is_told(serving: Serving, notes: Notes) -> None:
     await wait_until(lambda: notes.cancelled == [("it", True)])
 
 
+@timed
 async def test_request_that_waits_for_a_thread_is_never_started(serving: Serving, notes: Notes) -> None:
     handle = serving(Model, notes, max_ongoing_requests=5)
     await handle.deaf.remote("first")
@@ -166,6 +172,7 @@ async def test_request_either_times_out_or_ends_never_both(
 # replicas that were busy or gone
 
 
+@timed
 async def test_request_whose_time_passed_while_there_was_no_replica_is_never_started(
     serving: Serving, notes: Notes
 ) -> None:
@@ -230,6 +237,7 @@ async def test_deadline_of_a_caller_that_is_gone_is_found_by_a_sweeper(
 # the deployment's own timeout
 
 
+@timed
 async def test_deployment_sets_a_timeout_for_who_sets_none(serving: Serving, notes: Notes) -> None:
     handle = serving(Model, notes, request_timeout_s=TIMEOUT_S)
     await handle.echo.call("connected")
@@ -240,6 +248,7 @@ async def test_deployment_sets_a_timeout_for_who_sets_none(serving: Serving, not
     await wait_until(lambda: notes.cancelled == ["it"])
 
 
+@timed
 async def test_deployments_timeout_of_what_is_queued_is_found_by_sweepers(serving: Serving, notes: Notes) -> None:
     handle = serving(Model, notes, request_timeout_s=TIMEOUT_S, max_ongoing_requests=1)
     await handle.options(timeout_s=60).remote("first")
@@ -251,6 +260,7 @@ async def test_deployments_timeout_of_what_is_queued_is_found_by_sweepers(servin
 
 
 @pytest.mark.parametrize("timeout_s", [0.1, 0.6])
+@timed
 async def test_callers_timeout_takes_the_place_of_the_deployments(
     serving: Serving, notes: Notes, timeout_s: float
 ) -> None:
@@ -264,6 +274,7 @@ async def test_callers_timeout_takes_the_place_of_the_deployments(
 # who is told
 
 
+@timed
 async def test_dependants_fail_at_once_with_the_original_error(serving: Serving) -> None:
     handle = serving(Model)
     await handle.echo.call("connected")
@@ -275,6 +286,7 @@ async def test_dependants_fail_at_once_with_the_original_error(serving: Serving)
     assert caught.value.ref_id == upstream.ref.id
 
 
+@timed
 async def test_reader_that_has_the_id_only_is_told(serving: Serving) -> None:
     handle = serving(Model)
     await handle.echo.call("connected")

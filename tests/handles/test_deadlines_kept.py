@@ -16,6 +16,7 @@ from tests.handles.held import TIMEOUT_S, Model, Notes, in_time
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving
 from tests.servers import Server
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.anyio
 # the clock
 
 
+@timed
 async def test_server_decides_whose_clock_is_ahead(serving: Serving, keys: DeploymentKeys) -> None:
     handle = serving(Model)
     await handle.echo.call("connected")
@@ -34,6 +36,7 @@ async def test_server_decides_whose_clock_is_ahead(serving: Serving, keys: Deplo
 
 
 @pytest.mark.parametrize("ahead_ms", [10_000, -10_000])
+@timed
 async def test_clock_of_a_replica_that_is_wrong_ends_nothing_early_and_nothing_late(
     serving: Serving, notes: Notes, monkeypatch: pytest.MonkeyPatch, ahead_ms: int
 ) -> None:
@@ -52,6 +55,7 @@ async def test_clock_of_a_replica_that_is_wrong_ends_nothing_early_and_nothing_l
 # a server that is not there
 
 
+@timed
 async def test_deadline_holds_while_the_server_is_down(own_server: Server, serving_there: Serving) -> None:
     handle = serving_there(Model)
     running = await handle.options(timeout_s=1).remote("running")
@@ -63,6 +67,7 @@ async def test_deadline_holds_while_the_server_is_down(own_server: Server, servi
         await asyncio.wait_for(running, 2)
 
 
+@timed
 async def test_deadline_holds_while_the_server_answers_nobody(
     own_server: Server, serving_there: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +102,7 @@ async def test_request_that_timed_out_unsent_is_not_sent_later(
 
 
 @pytest.mark.parametrize("how", ["plain", "large", "parked", "patient"])
+@timed
 async def test_time_counts_from_the_call_and_not_from_when_the_server_came_back(
     own_server: Server, serving_there: Serving, notes: Notes, how: str
 ) -> None:
@@ -117,6 +123,7 @@ async def test_time_counts_from_the_call_and_not_from_when_the_server_came_back(
         await future
 
 
+@timed
 async def test_deadline_ends_the_wait_for_a_first_connection(settings: Settings) -> None:
     engines.use(settings)
     engine = engines.current()

@@ -28,6 +28,7 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from tests.helpers import read_states, wait_until
 from tests.replica_helpers import Gate, Serving
 from tests.servers import free_port
+from tests.timing import timed
 
 HANDLES = [DeploymentHandle("Model", "app"), SyncHandle("Model", "app")]
 
@@ -337,6 +338,7 @@ async def test_remote_until_queued_reports_an_unknown_deployment(connected: Sett
 
 
 @pytest.mark.anyio
+@timed
 async def test_delayed_request_is_matched_at_once_and_runs_when_it_is_due(serving: Serving) -> None:
     handle = serving(Model).prompt.options(delay_s=0.3)
     start = time.monotonic()
@@ -424,6 +426,7 @@ async def test_argument_that_cannot_be_pickled_is_named_at_once(connected: Setti
 
 
 @pytest.mark.parametrize("how", ["call", "remote"])
+@timed
 def test_unreachable_server_is_reported_quickly(how: str) -> None:
     engines.use(Settings(f"redis://:hunter2@127.0.0.1:{free_port()}"))
     try:

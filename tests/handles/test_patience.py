@@ -15,6 +15,7 @@ from tests.handles.queues import LIMIT, full, patient, value_of
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving, cut
 from tests.servers import Server
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -89,6 +90,7 @@ async def test_who_waits_asks_seldom(serving: Serving, redis: Control, notes: No
     await asyncio.gather(*futures)
 
 
+@timed
 async def test_who_waits_gives_up_at_the_deadline(serving: Serving, notes: Notes) -> None:
     handle = patient(await full(serving, notes))
     behind = handle.call("behind")
@@ -103,6 +105,7 @@ async def test_who_waits_gives_up_at_the_deadline(serving: Serving, notes: Notes
     assert "it" not in notes.started
 
 
+@timed
 async def test_time_in_the_line_counts(serving: Serving, notes: Notes) -> None:
     handle = patient(await full(serving, notes))
     started = time.monotonic()

@@ -22,6 +22,7 @@ from millstream.handles.ref import ObjectRef
 from millstream.handles.waiting import get, put
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
+from tests.timing import timed
 
 UNKNOWN = "app.Model~" + "u" * 22
 
@@ -249,6 +250,7 @@ def test_result_blocks_for_the_value(serving: Serving, timeout: float | None) ->
     timer.join()
 
 
+@timed
 def test_result_that_takes_too_long_leaves_the_request_running(serving: Serving) -> None:
     gate = Gate()
     ref = serving.sync(Model, gate).remote(1)

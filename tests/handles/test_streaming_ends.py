@@ -28,6 +28,7 @@ from millstream.handles.ref import ObjectRef
 from tests.handles.generators import Model, is_closed, nothing_is_left, read_to_the_end
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -375,6 +376,7 @@ async def test_stream_that_somebody_cancels_ends_in_that_error_after_its_items(
 
 
 @BOTH
+@timed
 async def test_stream_that_is_out_of_time_ends_in_that_error_after_its_items(serving: Serving, method: str) -> None:
     handle = serving(Model, sync_threads=2)
     started = time.monotonic()

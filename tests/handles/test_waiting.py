@@ -20,6 +20,7 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.handles.ref import ObjectRef
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
+from tests.timing import timed
 
 UNKNOWN = "app.Model~" + "u" * 22
 
@@ -72,6 +73,7 @@ def test_get_raises_a_failure_without_waiting_for_what_comes_after_it(serving: S
     gate.open()
 
 
+@timed
 def test_get_gives_up_after_its_timeout_for_all_and_says_what_is_missing(serving: Serving) -> None:
     gate = Gate()
     handle = serving.sync(Model, gate)
@@ -141,6 +143,7 @@ def test_wait_counts_a_failure_as_ready(serving: Serving) -> None:
     gate.open()
 
 
+@timed
 def test_wait_returns_fewer_when_its_time_is_up(serving: Serving) -> None:
     gate = Gate()
     handle = serving.sync(Model, gate)

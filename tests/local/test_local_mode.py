@@ -25,6 +25,7 @@ from tests.local import apps
 from tests.local.apps import Adder, Holding, Model, Pipeline, double
 from tests.local.conftest import Mode
 from tests.scenarios.processes import descendants, wait_for, wait_for_end
+from tests.timing import timed
 
 pytestmark = pytest.mark.processes
 
@@ -376,6 +377,7 @@ def test_shutdown_lets_running_requests_finish(local: Mode) -> None:
     assert results == ["finished"]
 
 
+@timed
 def test_shutdown_is_quick_when_the_server_has_gone(local: Mode) -> None:
     local(Model.options(num_replicas=2).bind())
     assert runtime._tree is not None and runtime._tree._server is not None

@@ -76,7 +76,7 @@ class Project:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
             check=False,
         )
         found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", ran.stdout)}

@@ -20,7 +20,7 @@ def test_the_pages_samples_run_with_their_imports_changed(tmp_path: Path) -> Non
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
 

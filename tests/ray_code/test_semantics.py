@@ -14,6 +14,7 @@ import millstream as ray
 from millstream import serve
 from millstream.errors import BrokerUnavailableError, DeploymentNotFoundError
 from tests.ray_code.conftest import Run
+from tests.timing import timed
 
 
 @serve.deployment
@@ -87,6 +88,7 @@ def test_handle_has_no_json_form() -> None:
         json.dumps(serve.get_deployment_handle("Model"))
 
 
+@timed
 def test_call_after_shutdown_fails_at_once_and_shutdown_twice_is_as_once(run: Run) -> None:
     handle = run(Model.bind())
     serve.shutdown()

@@ -13,6 +13,7 @@ from millstream.errors import BrokerUnavailableError
 from millstream.replicas import expiry
 from millstream.replicas.expiry import Expiry, ServerClock
 from tests.helpers import wait_until
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +82,7 @@ async def test_server_that_cannot_be_asked_is_waited_for(monkeypatch: pytest.Mon
     assert stage.answers == []
 
 
+@timed
 async def test_running_request_is_ended_at_its_deadline_and_its_dependants_are_told() -> None:
     waiter = Waiter(b"r", "app.Model~w")
     stage = Stage((Ended.ENDED, 0), waiters=[waiter])
@@ -94,6 +96,7 @@ async def test_running_request_is_ended_at_its_deadline_and_its_dependants_are_t
     assert stage.supplied == [waiter]
 
 
+@timed
 async def test_where_our_clock_is_ahead_the_server_is_asked_again_at_its_own_time() -> None:
     stage = Stage((Ended.EARLY, 40), (Ended.ENDED, 0))
     started = time.monotonic()

@@ -1,5 +1,8 @@
 """One pass of the launcher where it could stumble; whole process trees are in `tests/scenarios`."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from millstream.autoscaler.autoscaler import Autoscaler
@@ -22,14 +25,42 @@ async def test_fewer_replicas_wanted_while_some_are_being_started_is_no_error(se
 
 
 @pytest.mark.anyio
+async def test_replica_counts_once_while_it_is_being_listed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass of the launcher that counted it twice would drain it as one too many."""
+    launcher, seen = Launcher(settings, "node"), []
+    process = SimpleNamespace(
+        replica="r-1", tag="app.Model", version="v", is_ready=False, is_draining=False, ongoing=0, heading="",
+        is_updating=False, is_spent=False, stuck_at="",
+    )  # fmt: skip
+
+    async def fork(tag: str, version: str) -> Any:
+        launcher._replicas["r-1"] = process  # type: ignore[assignment]
+        return process
+
+    async def enlist(process: Any) -> None:
+        seen.extend(launcher._running({}))
+
+    monkeypatch.setattr(launcher, "_fork", fork)
+    monkeypatch.setattr(launcher._membership, "enlist", enlist)
+    launcher._starts.begin("app.Model", "v")
+
+    await launcher._start("app.Model", "v")
+
+    assert [one.replica for one in seen] == ["r-1"]
+    await launcher._client.aclose()
+
+
+@pytest.mark.anyio
 async def test_launcher_and_autoscaler_live_on_a_full_server(settings: Settings, redis: Control) -> None:
     launcher, autoscaler, registry = Launcher(settings, "node"), Autoscaler(settings), Registry(redis, settings)
     await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(num_replicas=0), b"")])
     await redis.config_set("maxmemory", 1)
     try:
-        await launcher._register()
+        await launcher._membership.join()
         await autoscaler.step()
-        await launcher._renew()
+        await launcher._membership.renew(())
     finally:
         await redis.config_set("maxmemory", 0)
 

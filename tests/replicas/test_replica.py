@@ -20,6 +20,7 @@ from millstream.errors import BrokerUnavailableError, TaskError
 from millstream.replicas import replica as replica_module
 from tests.helpers import read_states, wait_until
 from tests.replica_helpers import Gate, Hosted, Stage, cut
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -308,6 +309,7 @@ async def _is_draining(stage: Stage, redis: Control, replica: Hosted) -> bool:
     return bool(record["state"] == "DRAINING")
 
 
+@timed
 async def test_idle_replica_drains_at_once_although_it_blocks_in_the_server(stage: Stage) -> None:
     replica = await stage.start(Model)
     await stage.handle.call(1)
@@ -344,6 +346,7 @@ async def _are_waiting(stage: Stage, redis: Control, count: int) -> bool:
     return (await run(redis, backlog(stage.keys))).waiting == count
 
 
+@timed
 async def test_drain_ends_by_its_deadline_and_leaves_the_rest_for_others(stage: Stage, redis: Control) -> None:
     gate = Gate()
     replica = await stage.start(Model, gate, graceful_shutdown_timeout_s=0.1)
@@ -438,6 +441,7 @@ async def test_replica_told_to_drain_in_an_outage_delivers_its_results_after_it(
     assert await asyncio.wait_for(future, 5) == 1
 
 
+@timed
 async def test_idle_replica_told_to_drain_in_an_outage_does_not_wait_for_its_end(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

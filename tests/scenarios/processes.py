@@ -35,7 +35,7 @@ def wait_for_end(pids: Iterable[int], timeout_s: float) -> set[int]:
     return left
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "") -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 30.0, what: str = "") -> None:
     """As tests.helpers.wait_until, for code without a loop."""
     deadline = time.monotonic() + timeout_s
     while not condition():

