@@ -14,7 +14,7 @@ import anyio
 from millstream.autoscaler.placement import place
 from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.records import DeploymentView, Planned
 from millstream.broker.registry import Registry
@@ -70,7 +70,7 @@ class Autoscaler:
 
     async def step(self) -> list[DeploymentView]:
         """One pass: decide for every deployment if we lead. Returns what it saw."""
-        fence = await self._run(scripts.lead(self._registry.keys, self.name, LEADER_S))
+        fence = await self._run(control_scripts.lead(self._registry.keys, self.name, LEADER_S))
         if fence:
             await self._registry.retire()
         views = await self._registry.views(with_leaving=True)
@@ -99,7 +99,10 @@ class Autoscaler:
         if decision.target != present:
             record = {"was": present if present is not None else "", "by": self.name, **decision.inputs}
             keys = self._registry.keys_of(view.tag)
-            if await self._run(scripts.decide(keys, fence, decision.target, decision.reason, record)) == "decided":
+            if (
+                await self._run(control_scripts.decide(keys, fence, decision.target, decision.reason, record))
+                == "decided"
+            ):
                 view.target, view.has_target = decision.target, True
                 log.info("%s: %s -> %d replicas: %s", view.tag, present, decision.target, decision.reason)
 

@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 
 FAST_S = 10.0  # rates over this window answer quickly
 SLOW_S = 60.0  # and over this one do not forget a burst at once

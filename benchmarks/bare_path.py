@@ -22,6 +22,7 @@ from typing import Any
 import hiredis
 
 from millstream.broker import scripts
+from millstream.broker.call import script
 from millstream.broker.codec import codec_for
 from millstream.broker.keys import Keys
 from millstream.broker.link import Link, dial
@@ -36,7 +37,7 @@ DIRECT = ("XREADGROUP", "GROUP", "replicas", "r1", "COUNT", CLAIM_AT_ONCE, "STRE
 
 def use_list_replies() -> None:
     """Make the finish script push its message on a list instead of publishing it."""
-    finish = scripts.script("finish")
+    finish = script("finish")
     finish.source = finish.source.replace(
         b"redis.call('SPUBLISH', replies .. client, ",
         b"redis.call('EXPIRE', replies .. client, 60) redis.call('RPUSH', replies .. client, ",

@@ -11,8 +11,8 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
+from millstream.broker.call import Call
 from millstream.broker.link import explain
-from millstream.broker.scripts import Call
 from millstream.config import Settings, redact
 from millstream.errors import BrokerUnavailableError
 

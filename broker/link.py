@@ -16,7 +16,7 @@ import hiredis
 import redis.exceptions
 from redis.asyncio.connection import parse_url
 
-from millstream.broker.scripts import Call, Script
+from millstream.broker.call import Call, Script
 from millstream.config import Settings, redact
 from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError, PayloadTooLargeError
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from millstream.broker.control_scripts import Backlog
 from millstream.broker.keys import deployment_tag
-from millstream.broker.scripts import Backlog
 from millstream.config import DeploymentConfig
 
 

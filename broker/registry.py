@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import redis.exceptions
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Control, ping, run
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
@@ -84,14 +84,14 @@ class Registry:
         return leaving
 
     async def _replace(self, read: bytes, record: AppRecord) -> bool:
-        call = scripts.replace(self.keys, record.name, read.decode(), json.dumps(asdict(record)))
+        call = control_scripts.replace(self.keys, record.name, read.decode(), json.dumps(asdict(record)))
         done = await run(self.client, call)
         return done == 1
 
     async def _store(self, tag: str, revision: str, new: NewDeployment) -> None:
         keys, config = self.keys_of(tag), new.config
-        await run(self.client, scripts.groups(keys))
-        call = scripts.deploy(
+        await run(self.client, control_scripts.groups(keys))
+        call = control_scripts.deploy(
             keys, revision, new.code, config.to_json(), new.definition, _limits(config),
             configured=config.user_config is not None,
         )  # fmt: skip
@@ -185,28 +185,28 @@ class Registry:
     async def fail(self, tag: str, revision: str, message: str, traceback: str) -> None:
         """Record that a deployment cannot start as it was deployed with this revision."""
         fields = {"state": "DEPLOY_FAILED", "message": message, "traceback": traceback, "failed_revision": revision}
-        await run(self.client, scripts.note(self.keys_of(tag), revision, fields))
+        await run(self.client, control_scripts.note(self.keys_of(tag), revision, fields))
 
     async def withdraw(
         self, tag: str, revision: str, back_to: Current, message: str, traceback: str
-    ) -> scripts.Withdrawn:
+    ) -> control_scripts.Withdrawn:
         """Take a config back that a running replica could not take over; the one it works by is in force again.
 
         Whoever waits for the deploy learns of it. Replicas that have taken it over already are told to go back.
         """
         config = back_to.config
-        call = scripts.withdraw(
+        call = control_scripts.withdraw(
             self.keys_of(tag), revision, back_to.revision, config.to_json(), message, traceback, _limits(config)
         )
         answer = await run(self.client, call)
-        if answer is scripts.Withdrawn.WITHDRAWN:
+        if answer is control_scripts.Withdrawn.WITHDRAWN:
             await self.announce(f"withdrew revision {revision} of {tag}")
         return answer
 
     async def note_death(self, tag: str, replica: str, cause: str) -> None:
         """Keep the cause of a replica's end for whoever asks, until the next deploy."""
         death = json.dumps({"replica": replica, "cause": cause, "at_ms": await self.now_ms()})
-        await run(self.client, scripts.note(self.keys_of(tag), "", {"last_death": death}))
+        await run(self.client, control_scripts.note(self.keys_of(tag), "", {"last_death": death}))
 
     # nodes
 
@@ -232,7 +232,7 @@ class Registry:
 
     async def assign(self, node: str, tag: str, planned: Planned) -> None:
         """Tell a node how many replicas of a deployment to run, of which version and by which config."""
-        await run(self.client, scripts.enlist(self.keys.node_plan(node), tag, json.dumps(planned._asdict())))
+        await run(self.client, control_scripts.enlist(self.keys.node_plan(node), tag, json.dumps(planned._asdict())))
         await self.client.publish(self.keys.node_wake(node), "plan")
 
     async def unassign(self, node: str, tag: str) -> None:
@@ -251,7 +251,7 @@ class Registry:
             config, status, replicas = await pipe.execute()
         if not config:
             return None
-        backlog = await run(self.client, scripts.backlog(keys))
+        backlog = await run(self.client, control_scripts.backlog(keys))
         status = {field.decode(): value.decode() for field, value in status.items()}
         override = status.get("override")
         revision = config.get(b"revision", b"").decode()

@@ -5,7 +5,7 @@ from typing import Any
 
 import anyio
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.outcomes import ENDED_TTL_S
@@ -24,7 +24,7 @@ class Removal:
 
     async def close(self, keys: DeploymentKeys, revision: str) -> bool:
         """Take nothing more; the launchers drain its replicas. False if it was deployed anew since that revision."""
-        closed = await run(self._client, scripts.close(keys, revision))
+        closed = await run(self._client, control_scripts.close(keys, revision))
         return closed == 1
 
     async def finish(self, all_keys: Iterable[DeploymentKeys]) -> None:

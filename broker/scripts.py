@@ -1,24 +1,19 @@
-"""The Lua scripts of `lua/`, each declared once, with a typed wrapper that names its keys and reads its reply.
+"""The Lua scripts that move requests, each declared once, with a typed wrapper that names its keys and reads its reply.
 
-A wrapper builds a `Call`; `Link.run` (hot transport) or `run` (redis-py) carries it out, and both deal with NOSCRIPT
-themselves.
+Those about deployments, replicas and their watchers are in `control_scripts`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
-from importlib import resources
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.call import Call, script
+from millstream.broker.keys import DeploymentKeys
 from millstream.broker.states import State
 
-T = TypeVar("T")
 SWEEP_LIMIT = 100  # bounded loops: a script stalls everybody (100 releases take 2 to 3 ms)
 HOLD_MS = 3_600_000  # a large value that an open request will read is kept for an hour at a time
-RENEW_HOLDS_AFTER_MS = 600_000
 REPAIR_AFTER_MS = 3000  # a parked request is looked after this often; its submitter and its upstream do it at once
 
 
@@ -43,12 +38,6 @@ class Ended(StrEnum):
     ENDED = "ended"
     GONE = "gone"  # it is not open (any more)
     EARLY = "early"  # to be expired, and its deadline has not passed
-
-
-class Withdrawn(StrEnum):
-    WITHDRAWN = "withdrawn"
-    SUPERSEDED = "superseded"  # another config is in force by now
-    SPENT = "spent"  # the one to go back to was withdrawn, too
 
 
 class Forestalled(StrEnum):
@@ -80,70 +69,6 @@ class Released:
     buried: int
     more: bool
     waiters: list[Waiter]
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    promoted: int
-    stuck: list[tuple[bytes, list[str]]]  # parked ref, the ref ids it misses
-    without_lease: list[str]
-    overdue: list[bytes]  # refs past their deadline
-    keep: list[str]  # keys of large values that open requests will read
-    holds_cursor: bytes  # for the next sweep
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """One exact reading of a deployment."""
-
-    waiting: int = 0
-    in_flight: int = 0
-    parked: int = 0
-    delayed: int = 0
-    oldest_waiting_s: float | None = None
-    arrivals: int = 0  # ever; a counter to take differences of
-    due: int = 0  # delayed requests whose time has come
-    last_ids: tuple[str, ...] = ("0-0",) * len(LANES)
-
-
-class Script:
-    """One Lua file, its includes put in, with its SHA-1."""
-
-    __slots__ = ("name", "sha", "source")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.source = "".join(_with_includes(name)).encode()
-        self.sha = hashlib.sha1(self.source).hexdigest().encode()
-
-
-def _with_includes(name: str) -> Iterable[str]:
-    text = resources.files("millstream.broker").joinpath("lua", f"{name}.lua").read_text()
-    for line in text.splitlines(keepends=True):
-        word, _, included = line.strip().partition(" ")
-        yield from _with_includes(included) if word == "--include" else (line,)
-
-
-@cache
-def script(name: str) -> Script:
-    return Script(name)
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    """A script with its keys and arguments, and how to read what it answers."""
-
-    script: Script
-    keys: Sequence[str]
-    arguments: Sequence[Any]
-    read: Callable[[Any], T]
-
-    def command(self) -> tuple[Any, ...]:
-        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
-
-    def full_command(self) -> tuple[Any, ...]:
-        """As `command`, with the source: for a server that answered NOSCRIPT."""
-        return ("EVAL", self.script.source, len(self.keys), *self.keys, *self.arguments)
 
 
 def _positions(word: type[StrEnum]) -> Callable[[Any], Any]:
@@ -382,11 +307,6 @@ def discard(
     )
 
 
-def groups(keys: DeploymentKeys) -> Call[int]:
-    """Makes the lanes' consumer groups where they are missing; answers how many."""
-    return Call(script("groups"), keys.lanes, (), int)
-
-
 def hand_back(keys: DeploymentKeys, lane: str, target: str, entries: Iterable[bytes]) -> Call[int]:
     return Call(script("hand_back"), (keys.lane(lane), keys.lane(target), keys.open), (target, *entries), int)
 
@@ -409,89 +329,3 @@ def place(keys: DeploymentKeys, ref: str) -> Call[State | None]:
         return None if reply == b"unknown" else State(reply.decode())
 
     return Call(script("place"), (keys.open, keys.result(ref), keys.prefix), (ref,), read)
-
-
-def sweep(keys: DeploymentKeys, holds_cursor: bytes = b"0") -> Call[Swept]:
-    return Call(
-        script("sweep"),
-        (
-            *keys.lanes, keys.replicas, keys.due, keys.parked, keys.open,
-            keys.held, keys.prefix, keys.lease_prefix, keys.deadlines, keys.holds, keys.supplied_prefix,
-        ),
-        (SWEEP_LIMIT, REPAIR_AFTER_MS, RENEW_HOLDS_AFTER_MS, holds_cursor),
-        lambda reply: Swept(
-            reply[0],
-            [(row[0], [ref_id.decode() for ref_id in row[1:]]) for row in reply[1]],
-            [name.decode() for name in reply[2]],
-            reply[3],
-            [key.decode() for key in reply[4][1]],
-            reply[4][0],
-        ),
-    )  # fmt: skip
-
-
-def renew(leases: Sequence[str], ttl_s: float, who: str) -> Call[int]:
-    """`leases` must share a slot: those of one deployment, or one node's."""
-    return Call(script("renew"), leases, (int(ttl_s * 1000), who), int)
-
-
-def backlog(keys: DeploymentKeys) -> Call[Backlog]:
-    def read(reply: list[Any]) -> Backlog:
-        waiting, in_flight, parked, delayed, age_ms, arrivals, due, last_ids = reply
-        age_s = None if age_ms < 0 else age_ms / 1000
-        return Backlog(waiting, in_flight, parked, delayed, age_s, arrivals, due, tuple(i.decode() for i in last_ids))
-
-    return Call(script("backlog"), (*keys.lanes, keys.parked, keys.due), (), read)
-
-
-def deploy(
-    keys: DeploymentKeys, revision: str, code: str, config: str, definition: bytes, limits: Sequence[str],
-    *, configured: bool,
-) -> Call[str]:  # fmt: skip
-    """Answers the version: the former one where the replicas can stay, else `revision`. `limits` as `limits.lua` has them."""
-    arguments = (revision, code, "configured" if configured else "", config, definition, *limits)
-    return Call(script("deploy"), (keys.config, keys.status, keys.definition), arguments, bytes.decode)
-
-
-def withdraw(
-    keys: DeploymentKeys, revision: str, back_to: str, config: str, message: str, traceback: str, limits: Sequence[str]
-) -> Call[Withdrawn]:
-    return Call(
-        script("withdraw"),
-        (keys.config, keys.status),
-        (revision, back_to, config, message, traceback, *limits),
-        lambda reply: Withdrawn(reply.decode()),
-    )
-
-
-def note(keys: DeploymentKeys, revision: str, fields: dict[str, str]) -> Call[int]:
-    """Writes to the deployment's status; answers 0 if it is gone, or of another revision ("": any will do)."""
-    flat = [part for item in fields.items() for part in item]
-    return Call(script("note"), (keys.config, keys.status), (revision, *flat), int)
-
-
-def close(keys: DeploymentKeys, revision: str) -> Call[int]:
-    return Call(script("close"), (keys.config, keys.definition), (revision,), int)
-
-
-def replace(keys: Keys, app: str, read: str, record: str) -> Call[int]:
-    """Answers 0 if the application's record is not (any more) the one that was read."""
-    return Call(script("replace"), (keys.apps,), (app, read, record), int)
-
-
-def enlist(key: str, name: str, record: str, *, only_if_new: bool = False) -> Call[int]:
-    """`key`: the list of nodes, of a deployment's replicas, or of what a node should run."""
-    return Call(script("enlist"), (key,), (name, record, "new" if only_if_new else ""), int)
-
-
-def decide(keys: DeploymentKeys, fence: int, target: int, reason: str, record: dict[str, Any]) -> Call[str]:
-    """Answers "decided", "fenced" or "gone"."""
-    fields = [part for item in record.items() for part in item]
-    return Call(
-        script("decide"), (keys.status, keys.scaling, keys.config), (fence, target, reason, *fields), bytes.decode
-    )
-
-
-def lead(keys: Keys, autoscaler: str, ttl_s: float) -> Call[int]:
-    """Answers the leader's fencing number, 0 when another one leads."""
-    return Call(script("lead"), (keys.leader, keys.fence), (autoscaler, int(ttl_s * 1000)), int)

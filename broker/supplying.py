@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from millstream.broker import outcomes, remote_errors, scripts
+from millstream.broker.call import Call
 from millstream.broker.codec import Codec, codec_for
 from millstream.broker.keys import Keys, split_ref
 from millstream.broker.scripts import Waiter
 from millstream.config import Settings
 
-Run = Callable[[scripts.Call[Any]], Awaitable[Any]]
+Run = Callable[[Call[Any]], Awaitable[Any]]
 AT_ONCE = 100  # values per call: each is an entry to be added
 FAILED_TTL_S = 3600  # of a request failed by one it depends on; its own deployment's setting is not at hand
 

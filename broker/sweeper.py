@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
 from millstream.broker.outcomes import ENDED_TTL_S, OVERDUE
 from millstream.broker.records import ReplicaRecord
@@ -48,7 +48,7 @@ class Sweeper:
     async def step(self, tag: str) -> None:
         """One pass. Raises what redis-py raises; the caller then calls `connection_was_broken`."""
         keys = self._keys.deployment(tag)
-        swept = await self._run(scripts.sweep(keys, self._holds_cursors.get(tag, b"0")))
+        swept = await self._run(control_scripts.sweep(keys, self._holds_cursors.get(tag, b"0")))
         self._holds_cursors[tag] = swept.holds_cursor
         for ref, missing in swept.stuck:
             for ref_id in missing:

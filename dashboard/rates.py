@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 
 WINDOW_MS = 10_000  # long enough for a steady figure, short enough to see a burst
 

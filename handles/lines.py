@@ -8,9 +8,9 @@ import time
 from typing import Any, Protocol
 
 from millstream.broker.bulk import Bulk
+from millstream.broker.call import Call
 from millstream.broker.connection import backoff
 from millstream.broker.link import Link, dial
-from millstream.broker.scripts import Call
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 

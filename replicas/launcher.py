@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
 from millstream.broker.records import Planned
@@ -293,7 +293,7 @@ class Launcher:
         answer = await self._for_sure(
             lambda: self._registry.withdraw(process.tag, said["refused"], process.works_by, text, said["traceback"])
         )
-        process.is_spent = answer is scripts.Withdrawn.SPENT
+        process.is_spent = answer is control_scripts.Withdrawn.SPENT
         self._nudge.set()
 
     async def _for_sure(self, work: Callable[[], Awaitable[T]]) -> T:

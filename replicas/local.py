@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.records import AppRecord, Planned, ReplicaRecord
 from millstream.broker.registry import Registry
@@ -93,7 +93,7 @@ class LocalNode:
         keys = self._registry.keys_of(tag)
         fence = int(await self._client.hget(keys.status, "fence") or 0)
         record = {"was": "", "by": NODE}
-        await self._run(scripts.decide(keys, fence, replicas, "local mode: nothing is scaled", record))
+        await self._run(control_scripts.decide(keys, fence, replicas, "local mode: nothing is scaled", record))
 
     def _is_under_way(self, tag: str, version: str) -> bool:
         """Is there more to come of a start or an exchange of replicas?"""
@@ -194,7 +194,7 @@ class LocalNode:
         starting = [
             ReplicaRecord(name, NODE, self.pid, version, "STARTING", now_ms, revision=version) for name in names
         ]
-        await self._run(scripts.renew([keys.lease(name) for name in names], LEASE_S, NODE))
+        await self._run(control_scripts.renew([keys.lease(name) for name in names], LEASE_S, NODE))
         await self._client.hset(keys.replicas, mapping={one.replica: json.dumps(asdict(one)) for one in starting})
         for name in names:
             birth = Birth(tag, name, NODE, version, config, revision=version, is_thread=True)
@@ -206,7 +206,7 @@ class LocalNode:
             by_tag.setdefault(one.birth.tag, []).append(name)
         for tag, names in by_tag.items():
             keys = self._registry.keys_of(tag)
-            await self._run(scripts.renew([keys.lease(name) for name in names], LEASE_S, NODE))
+            await self._run(control_scripts.renew([keys.lease(name) for name in names], LEASE_S, NODE))
 
     # the end of replicas
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.records import NodeRecord, ReplicaRecord
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Run
@@ -28,9 +28,9 @@ class Membership:
 
     async def renew(self, replicas: Iterable[ReplicaProcess]) -> None:
         """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
-        await self._run(scripts.renew([self._registry.keys.node_lease(self._node)], self._lease_s, self._node))
+        await self._run(control_scripts.renew([self._registry.keys.node_lease(self._node)], self._lease_s, self._node))
         if self._record:
-            await self._run(scripts.enlist(self._registry.keys.nodes, self._node, self._record))
+            await self._run(control_scripts.enlist(self._registry.keys.nodes, self._node, self._record))
         by_tag: dict[str, list[str]] = {}
         for process in replicas:
             by_tag.setdefault(process.tag, []).append(process.replica)
@@ -40,14 +40,14 @@ class Membership:
     async def lease(self, tag: str, *replicas: str) -> None:
         """Replicas of one deployment live, for a while."""
         keys = self._registry.keys_of(tag)
-        await self._run(scripts.renew([keys.lease(replica) for replica in replicas], self._lease_s, self._node))
+        await self._run(control_scripts.renew([keys.lease(replica) for replica in replicas], self._lease_s, self._node))
 
     async def enlist(self, process: ReplicaProcess) -> None:
         """A replica was started; what it says of itself goes before this."""
         now_ms = await self._registry.now_ms()
         record = ReplicaRecord(process.replica, self._node, process.pid, process.version, "STARTING", now_ms)
         listed = self._registry.keys_of(process.tag).replicas
-        await self._run(scripts.enlist(listed, process.replica, json.dumps(asdict(record)), only_if_new=True))
+        await self._run(control_scripts.enlist(listed, process.replica, json.dumps(asdict(record)), only_if_new=True))
 
     async def leave(self) -> None:
         """Take the node off the list."""

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
+from millstream.broker.call import Call
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Outage, backoff
 from millstream.broker.definitions import Definition, max_ongoing
@@ -229,7 +230,7 @@ class Replica:
             log.info("deployment %s is gone: replica %s ends", self._birth.tag, self._birth.replica)
             intake.is_draining = True  # `run` then takes in nothing, and the drain says goodbye
             return
-        await writes.run(scripts.groups(self._keys))
+        await writes.run(control_scripts.groups(self._keys))
         await self._register("RUNNING", [reads.client_id, writes.client_id])
         await self._clock.set(writes.ask)
         await intake.reconcile(reads, writes)
@@ -253,10 +254,12 @@ class Replica:
         known = self._record.connections if connections is None else connections
         self._record = replace(self._record, state=state, connections=known)
         await self._renew_lease()
-        await self._run(scripts.enlist(self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record))))
+        await self._run(
+            control_scripts.enlist(self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record)))
+        )
 
     async def _renew_lease(self) -> None:
-        await self._run(scripts.renew([self._keys.lease(self._birth.replica)], LEASE_S, self._birth.replica))
+        await self._run(control_scripts.renew([self._keys.lease(self._birth.replica)], LEASE_S, self._birth.replica))
 
     async def _keep_house(self, intake: Intake, executor: Executor) -> None:
         """Once a second: sweep our deployment, and tell the launcher that we are well (if the server answers us)."""
@@ -362,7 +365,7 @@ class Replica:
 
     # the server
 
-    def _run(self, call: scripts.Call[Any]) -> asyncio.Future[Any]:
+    def _run(self, call: Call[Any]) -> asyncio.Future[Any]:
         if self._writes is None:
             return _down()
         return self._writes.run(call)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from millstream.broker import pickling, scripts
+from millstream.broker.call import Call, script
 from millstream.broker.codec import Codec
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import Link
@@ -63,7 +64,7 @@ class Emitters:
         """There is a connection (again): send what is not acknowledged."""
         self.link = link
         # A script that the server does not know is sent once more, later than what follows it: no item may be late.
-        link.send(_ignore, "SCRIPT", "LOAD", scripts.script("emit").source)
+        link.send(_ignore, "SCRIPT", "LOAD", script("emit").source)
         for emitter in list(self._emitters.values()):
             emitter.send_again()
 
@@ -255,7 +256,7 @@ class Emitter:
         self._sent, self._in_the_air = self._acknowledged, 0
         self.flush()
 
-    def _call(self, first: int, batch: list[bytes]) -> scripts.Call[tuple[bool, int]]:
+    def _call(self, first: int, batch: list[bytes]) -> Call[tuple[bool, int]]:
         lane, entry = self._place
         place = f"{lane} {entry.decode()}"
         return scripts.emit(self._all.keys, self.ref.decode(), place, self.client, self._all.ttl_s, first, batch)

@@ -12,7 +12,7 @@ import pytest
 
 from millstream.autoscaler import autoscaler as autoscaler_module
 from millstream.autoscaler.autoscaler import Autoscaler
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.records import DeploymentView, NewDeployment, NodeRecord, Planned
@@ -134,7 +134,7 @@ async def test_delayed_request_counts_from_when_it_is_due(
 
 
 async def _is_due(redis: Control, keys: DeploymentKeys) -> bool:
-    return (await run(redis, scripts.backlog(keys))).due == 1
+    return (await run(redis, control_scripts.backlog(keys))).due == 1
 
 
 async def test_it_goes_up_with_the_load_and_down_after_it(
@@ -226,7 +226,7 @@ async def test_former_leader_that_wakes_up_is_fenced_out(
     redis: Control, keys: DeploymentKeys, registry: Registry, autoscaler: Autoscaler, settings: Settings
 ) -> None:
     await deploy(registry, SCALED)
-    old_fence = await run(redis, scripts.lead(registry.keys, autoscaler.name, 5))
+    old_fence = await run(redis, control_scripts.lead(registry.keys, autoscaler.name, 5))
     await redis.delete(registry.keys.leader)  # it slept, and its lease ended
     successor = Autoscaler(settings)
     await successor.step()
@@ -260,7 +260,7 @@ async def test_decision_for_a_deployment_that_was_deleted_meanwhile_is_dropped(
 ) -> None:
     await deploy(registry, SCALED)
     seen = await view(registry)
-    fence = await run(redis, scripts.lead(registry.keys, autoscaler.name, 5))
+    fence = await run(redis, control_scripts.lead(registry.keys, autoscaler.name, 5))
     await registry.delete("app")
 
     await autoscaler._decide(seen, fence)

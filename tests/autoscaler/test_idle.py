@@ -2,7 +2,7 @@
 
 from millstream.autoscaler.policy import Memory, decide
 from millstream.autoscaler.readings import History, Reading
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 from millstream.config import AutoscalingConfig, DeploymentConfig
 
 CONFIG = DeploymentConfig(autoscaling=AutoscalingConfig(min_replicas=0, max_replicas=4, downscale_delay_s=3))

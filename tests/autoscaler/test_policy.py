@@ -8,7 +8,7 @@ import pytest
 
 from millstream.autoscaler.policy import Decision, Memory, decide
 from millstream.autoscaler.readings import History, Rates, Reading
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 from millstream.config import AutoscalingConfig, DeploymentConfig
 
 IDLE = Rates(0.0, 0.0, 0.0, None)

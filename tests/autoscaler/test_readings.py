@@ -5,7 +5,7 @@ import random
 import pytest
 
 from millstream.autoscaler.readings import FAST_S, SLOW_S, History, Rates, Reading
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 
 
 def reading(at_s: float, arrivals: int = 0, waiting: int = 0, in_flight: int = 0, due: int = 0) -> Reading:

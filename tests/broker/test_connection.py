@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import DOWN, Control, backoff, open_control, ping, run
 from millstream.broker.keys import LANES, DeploymentKeys
 from millstream.config import Settings
@@ -85,7 +85,7 @@ async def test_groups_read_each_lane_from_its_beginning(redis: Control, keys: De
     await redis.hset(keys.config, "max_attempts", 3)
     refs = [ref for lane in LANES for ref in await seed_queued(redis, keys, lane=lane)]
 
-    await run(redis, scripts.groups(keys))
+    await run(redis, control_scripts.groups(keys))
 
     assert [one.ref for one in await claim(redis, keys, 10)] == refs
 
@@ -93,13 +93,13 @@ async def test_groups_read_each_lane_from_its_beginning(redis: Control, keys: De
 @pytest.mark.anyio
 @pytest.mark.fake
 async def test_groups_made_twice_are_as_made_once(redis: Control, keys: DeploymentKeys) -> None:
-    await run(redis, scripts.groups(keys))
+    await run(redis, control_scripts.groups(keys))
     await redis.hset(keys.config, "max_attempts", 3)
     await seed_queued(redis, keys, 2)
     await claim(redis, keys)
     before = await read_everything(redis)
 
-    await run(redis, scripts.groups(keys))
+    await run(redis, control_scripts.groups(keys))
 
     assert await read_everything(redis) == before
 
@@ -109,5 +109,5 @@ async def test_other_errors_than_an_existing_group_are_raised(redis: Control, ke
     await redis.set(keys.lane("normal"), "not a stream", ex=10)
 
     with pytest.raises(Exception, match="WRONGTYPE"):
-        await run(redis, scripts.groups(keys))
+        await run(redis, control_scripts.groups(keys))
     await redis.delete(*keys.lanes)

@@ -12,7 +12,8 @@ import pytest
 from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
+from millstream.broker.call import script
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
@@ -126,14 +127,14 @@ async def test_killed_replica_without_launcher_is_found_by_its_lease(
 ) -> None:
     await deploy_config(redis, keys)
     (ref,) = await seed_queued(redis, keys)
-    await run(redis, scripts.renew([keys.lease(REPLICA)], 60, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease(REPLICA)], 60, "launcher"))
     async with acting(claim_and_hang, server.url) as replica:
         await next_line(replica)
         await kill(replica, redis)
-    while_leased = await run(redis, scripts.sweep(keys)), await release_all(redis, keys, expired=True)
+    while_leased = await run(redis, control_scripts.sweep(keys)), await release_all(redis, keys, expired=True)
     await redis.pexpire(keys.lease(REPLICA), 0)
 
-    swept = await run(redis, scripts.sweep(keys))
+    swept = await run(redis, control_scripts.sweep(keys))
     requeued = await release_all(redis, keys, expired=True)
 
     assert (while_leased[0].without_lease, while_leased[1]) == ([], 0)
@@ -284,7 +285,7 @@ async def test_restarted_server_has_every_request_where_it_was(
             State.PARKED,
             State.DELAYED,
         ]
-        assert await redis.script_exists(scripts.script("finish").sha.decode()) == [False]
+        assert await redis.script_exists(script("finish").sha.decode()) == [False]
     assert_consistent(server)
 
 

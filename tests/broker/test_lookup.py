@@ -2,7 +2,7 @@
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.lookup import orphans, read_stored, view_request
@@ -178,6 +178,6 @@ async def test_orphans_are_consumers_without_a_lease_that_hold_something(
     assert await orphans(registry, "no.such") == {}
     await seed_running(redis, keys, 2, replica="r-gone")
     await seed_running(redis, keys, 1, replica="r-alive", lane="high")
-    await run(redis, scripts.renew([keys.lease("r-alive")], 60, "node"))
+    await run(redis, control_scripts.renew([keys.lease("r-alive")], 60, "node"))
 
     assert await orphans(registry, keys.tag) == {"r-gone": 2}

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, open_control, run
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.records import Current, DeploymentView, NewDeployment, NodeRecord, Planned, ReplicaRecord
@@ -48,7 +48,7 @@ async def add_replica(
 ) -> None:
     record = ReplicaRecord(name, "n-1", 1, version, state, 0, revision=version)
     await registry.client.hset(keys.replicas, name, json.dumps(asdict(record)))
-    await run(registry.client, scripts.renew([keys.lease(name)], 60, "launcher"))
+    await run(registry.client, control_scripts.renew([keys.lease(name)], 60, "launcher"))
 
 
 async def view(registry: Registry) -> DeploymentView:
@@ -347,7 +347,7 @@ async def register_node(registry: Registry, name: str, started_ms: int, *, is_al
     await registry.client.hset(ALL.nodes, name, json.dumps(asdict(record)))
     await registry.assign(name, "app.Model", Planned(2, "v1"))
     if is_alive:
-        await run(registry.client, scripts.renew([ALL.node_lease(name)], 60, name))
+        await run(registry.client, control_scripts.renew([ALL.node_lease(name)], 60, name))
 
 
 async def test_node_without_lease_is_not_listed_and_forgotten_after_a_minute(
@@ -386,7 +386,7 @@ async def test_refused_config_is_taken_back_and_the_view_says_why(registry: Regi
     answer = await registry.withdraw("app.Model", second.version, works_by, "it raised", "Traceback ...")
 
     seen = await view(registry)
-    assert answer is scripts.Withdrawn.WITHDRAWN
+    assert answer is control_scripts.Withdrawn.WITHDRAWN
     assert await registry.current("app.Model") == works_by
     assert (seen.version, seen.revision, seen.failure) == (first.version, first.version, "")
     assert (seen.refused, seen.refusal, seen.refusal_traceback) == (second.version, "it raised", "Traceback ...")
@@ -395,7 +395,7 @@ async def test_refused_config_is_taken_back_and_the_view_says_why(registry: Regi
 
 async def test_last_death_is_kept_until_the_next_deploy(registry: Registry) -> None:
     await registry.deploy("app", "Model", [coded("a")])
-    await run(registry.client, scripts.decide(registry.keys_of("app.Model"), 1, 1, "", {}))
+    await run(registry.client, control_scripts.decide(registry.keys_of("app.Model"), 1, 1, "", {}))
 
     await registry.note_death("app.Model", "r-1", "killed by signal 9")
     dead = await view(registry)
@@ -434,7 +434,7 @@ def test_deployment_is_up_when_all_that_take_requests_go_by_its_version_and_conf
     ]
     seen = DeploymentView(
         "app", "Model", "new", DeploymentConfig(), target is not None, target or 0, "", "", "", None, records,
-        scripts.Backlog(), revision="now",
+        control_scripts.Backlog(), revision="now",
     )  # fmt: skip
 
     assert seen.is_up is expected
@@ -442,13 +442,13 @@ def test_deployment_is_up_when_all_that_take_requests_go_by_its_version_and_conf
 
 async def test_the_dead_are_not_waited_for(redis: Control, keys: DeploymentKeys, registry: Registry) -> None:
     first = await registry.deploy("app", "Model", [coded("a")])
-    await run(redis, scripts.decide(keys, 1, 1, "", {}))
+    await run(redis, control_scripts.decide(keys, 1, 1, "", {}))
     await add_replica(registry, keys, "r-dead", version=first.version)
     await redis.delete(keys.lease("r-dead"))
     second = await registry.deploy("app", "Model", [coded("a")])
     alive = ReplicaRecord("r-alive", "n-1", 1, first.version, "RUNNING", 0, revision=second.version)
     await redis.hset(keys.replicas, "r-alive", json.dumps(asdict(alive)))
-    await run(redis, scripts.renew([keys.lease("r-alive")], 60, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease("r-alive")], 60, "launcher"))
 
     seen = await view(registry)
 
@@ -474,7 +474,7 @@ async def test_view_holds_config_decision_backlog_and_replicas(
     redis: Control, keys: DeploymentKeys, registry: Registry
 ) -> None:
     record = await registry.deploy("app", "Model", [new(max_attempts=7)])
-    await run(redis, scripts.decide(keys, 1, 3, "backlog grows", {"waiting": 5}))
+    await run(redis, control_scripts.decide(keys, 1, 3, "backlog grows", {"waiting": 5}))
     await seed_queued(redis, keys, 5)
     await add_replica(registry, keys, "r-2", version=record.version)
     await add_replica(registry, keys, "r-1", version=record.version, state="STARTING")
@@ -514,7 +514,7 @@ async def test_status_is_ray_serves_word_for_it(
 ) -> None:
     record = await registry.deploy("app", "Model", [new()])
     if target is not None:
-        await run(redis, scripts.decide(keys, 1, target, "", {}))
+        await run(redis, control_scripts.decide(keys, 1, target, "", {}))
     for number, (age, state) in enumerate(replicas):
         version = "before" if age == "old" else record.version
         await add_replica(registry, keys, f"r-{number}", version=version, state=state)

@@ -9,11 +9,12 @@ import hiredis
 import pytest
 from redis.exceptions import ResponseError
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
+from millstream.broker.call import Call, script
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import Link, dial
-from millstream.broker.scripts import Call, Finished, Submitted, script
+from millstream.broker.scripts import Finished, Submitted
 from millstream.broker.states import State
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
@@ -71,7 +72,7 @@ def test_script_is_whole_once_its_includes_are_put_in(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_each_script_has_one_wrapper_of_its_name(name: str) -> None:
-    assert callable(getattr(scripts, name))
+    assert sum(callable(getattr(module, name, None)) for module in (scripts, control_scripts)) == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -184,9 +185,9 @@ async def test_start_answers_by_callback_even_when_the_link_is_lost(link: Link, 
     replies: list[Any] = []
     link.close()
 
-    link.start(scripts.backlog(keys), replies.append)
+    link.start(control_scripts.backlog(keys), replies.append)
     await link.lost
-    link.start(scripts.backlog(keys), replies.append)
+    link.start(control_scripts.backlog(keys), replies.append)
 
     assert [type(reply) for reply in replies] == [BrokerUnavailableError] * 2
 
@@ -196,11 +197,11 @@ async def test_start_hands_over_what_the_call_reads(link: Link, redis: Control, 
     replies: list[Any] = []
     await redis.script_flush()
 
-    link.start(scripts.backlog(keys), replies.append)
+    link.start(control_scripts.backlog(keys), replies.append)
     link.start(scripts.submit(keys, CALLER, request(new_ref())), replies.append)
-    await link.run(scripts.backlog(keys))
+    await link.run(control_scripts.backlog(keys))
 
-    assert [type(reply) for reply in replies] == [scripts.Backlog, hiredis.ReplyError]
+    assert [type(reply) for reply in replies] == [control_scripts.Backlog, hiredis.ReplyError]
 
 
 @pytest.mark.anyio

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.scripts import Ended, Finished, Forestalled, Submitted, Supplied
@@ -136,7 +136,7 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
             waiters = await run(redis, scripts.reject(keys, ref, 60, b"error"))
             return waiters, await redis.exists(keys.result(ref)) - before
         case Event.PROMOTE:
-            return (await run(redis, scripts.sweep(keys))).promoted
+            return (await run(redis, control_scripts.sweep(keys))).promoted
         case Event.CLAIM:
             return await claim(redis, keys, 5)
         case Event.HAND_BACK:

@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import renew
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
 from millstream.broker.records import ReplicaRecord
-from millstream.broker.scripts import renew
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
@@ -93,7 +93,7 @@ async def test_sweeper_that_dies_before_it_expires_leaves_that_to_others(
 ) -> None:
     await deploy_config(redis, keys)
     (ref,) = await seed_queued(redis, keys, extras=asking(timeout_ms=0))
-    await run(redis, scripts.sweep(keys))  # and dies
+    await run(redis, control_scripts.sweep(keys))  # and dies
 
     await sweeper.step(keys.tag)
 
@@ -117,7 +117,7 @@ async def test_hundreds_of_large_values_are_kept_in_the_course_of_some_passes(
 
     await wait_until(all_are_kept, timeout_s=20)
 
-    assert not any((await run(redis, scripts.sweep(keys))).keep)
+    assert not any((await run(redis, control_scripts.sweep(keys))).keep)
 
 
 @pytest.mark.fake

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from millstream.broker.control_scripts import Backlog
 from millstream.broker.records import DeploymentView, ReplicaRecord
-from millstream.broker.scripts import Backlog
 from millstream.cli.doctor import Verdict, eviction, flavour, memory, persistence, replicas, size
 from millstream.config import DeploymentConfig, Settings
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from millstream.broker.control_scripts import Backlog
 from millstream.broker.records import AppRecord, DeploymentView, NodeRecord, ReplicaRecord
-from millstream.broker.scripts import Backlog
 from millstream.config import DeploymentConfig
 from millstream.dashboard.reading import Look
 

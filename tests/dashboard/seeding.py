@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import asdict
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import Keys
 from millstream.broker.records import NewDeployment, NodeRecord, ReplicaRecord
@@ -26,8 +26,8 @@ async def seed_control_plane(client: Control, settings: Settings) -> int:
     keys = registry.keys
     record = NodeRecord(NODE, "mill.example", 4711, int(time.time() * 1000) - 3_600_000)
     await registry.client.hset(keys.nodes, NODE, json.dumps(asdict(record)))
-    await run(client, scripts.renew([keys.node_lease(NODE)], LEASE_S, NODE))
-    return await run(client, scripts.lead(keys, "a1b2c3d4", LEASE_S))
+    await run(client, control_scripts.renew([keys.node_lease(NODE)], LEASE_S, NODE))
+    return await run(client, control_scripts.lead(keys, "a1b2c3d4", LEASE_S))
 
 
 async def seed_shop(client: Control, settings: Settings) -> None:
@@ -75,7 +75,7 @@ async def seed_replica(client: Control, settings: Settings, tag: str, replica: s
     registry = Registry(client, settings)
     record = ReplicaRecord(replica, NODE, 5000, version, state, int(time.time() * 1000) - 90_000, revision=version)
     keys = registry.keys_of(tag)
-    await run(client, scripts.renew([keys.lease(replica)], LEASE_S, NODE))
+    await run(client, control_scripts.renew([keys.lease(replica)], LEASE_S, NODE))
     await registry.client.hset(keys.replicas, replica, json.dumps(asdict(record)))
 
 
@@ -86,4 +86,4 @@ async def decide(
     """A scaling decision on record."""
     keys = Keys(settings.namespace).deployment(tag)
     record = {"was": was, "by": "a1b2c3d4", **inputs}
-    assert await run(client, scripts.decide(keys, fence, target, reason, record)) == "decided"
+    assert await run(client, control_scripts.decide(keys, fence, target, reason, record)) == "decided"

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 import pytest
 
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 from millstream.config import Settings
 from millstream.dashboard import feed as feed_module
 from millstream.dashboard.feed import Feed

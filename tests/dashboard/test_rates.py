@@ -1,6 +1,6 @@
 import pytest
 
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 from millstream.dashboard.rates import WINDOW_MS, Rates, RateWindow
 
 

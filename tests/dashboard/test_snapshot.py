@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.scripts import Backlog
+from millstream.broker.control_scripts import Backlog
 from millstream.config import AutoscalingConfig, DeploymentConfig, Settings
 from millstream.dashboard.rates import Rates
 from millstream.dashboard.snapshot import Decision, Leader, Limits, Node, Problem, Snapshot, shape

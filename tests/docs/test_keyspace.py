@@ -19,11 +19,12 @@ import redis
 import millstream
 from millstream import serve
 from millstream.broker import scripts
+from millstream.broker.call import Call
 from millstream.broker.codec import Codec
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import LANES, DeploymentKeys, Keys, split_ref
 from millstream.broker.pickling import Pickled
-from millstream.broker.scripts import Call, Ended, Submitted
+from millstream.broker.scripts import Ended, Submitted
 from millstream.broker.states import TERMINAL
 from millstream.errors import ReplicaDiedError
 from millstream.handles.handle import SyncHandle

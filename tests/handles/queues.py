@@ -4,7 +4,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.handles.handle import DeploymentHandle
@@ -15,7 +15,7 @@ LIMIT = 5
 
 
 async def waiting(redis: Control, keys: DeploymentKeys) -> int:
-    return (await run(redis, scripts.backlog(keys))).waiting
+    return (await run(redis, control_scripts.backlog(keys))).waiting
 
 
 async def full(serving: Serving, notes: Notes) -> DeploymentHandle:

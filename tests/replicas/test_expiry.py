@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from millstream.broker.call import Call
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import Call, Ended, Waiter
+from millstream.broker.scripts import Ended, Waiter
 from millstream.errors import BrokerUnavailableError
 from millstream.replicas import expiry
 from millstream.replicas.expiry import Expiry, ServerClock

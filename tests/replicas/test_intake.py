@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from millstream.broker.connection import Control, run
-from millstream.broker.scripts import backlog
+from millstream.broker.control_scripts import backlog
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Stage
 

@@ -11,9 +11,9 @@ import anyio
 import pytest
 
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import backlog
 from millstream.broker.keys import GROUP
 from millstream.broker.registry import Registry
-from millstream.broker.scripts import backlog
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import bury
 from millstream.errors import BrokerUnavailableError, TaskError

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from millstream.broker import scripts
+from millstream.broker.call import script
 from millstream.errors import SerializationError
 from millstream.replicas import streaming
 from tests.helpers import open_inbox, wait_until
@@ -308,7 +309,7 @@ async def test_script_is_known_to_the_server_before_the_first_item(bench: Bench)
     await bench.connect()
     await bench.links[-1].ask("PING")
 
-    assert await bench.redis.script_exists(scripts.script("emit").sha.decode()) == [True]
+    assert await bench.redis.script_exists(script("emit").sha.decode()) == [True]
 
 
 async def test_stream_is_forgotten_when_all_of_it_is_acknowledged(bench: Bench) -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import Backlog
 from millstream.broker.keys import GROUP, DeploymentKeys
-from millstream.broker.scripts import Backlog
 from tests.helpers import (
     REPLICA,
     claim,
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.fake]
 
 
 async def read(redis: Control, keys: DeploymentKeys) -> Backlog:
-    return await run(redis, scripts.backlog(keys))
+    return await run(redis, control_scripts.backlog(keys))
 
 
 async def seed_old(redis: Control, keys: DeploymentKeys, age_ms: int, *, lane: str = "normal") -> str:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
+from millstream.broker.call import Call
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import GROUP, DeploymentKeys
 from millstream.broker.scripts import Ended, Finished, Submitted, Supplied, Waiter
@@ -103,7 +104,7 @@ async def test_others_stay_and_the_backlog_stays_exact(redis: Control, keys: Dep
 
     await cancel(redis, keys, running[1].ref, running[2].ref, queued[1], queued[2])
 
-    backlog = await run(redis, scripts.backlog(keys))
+    backlog = await run(redis, control_scripts.backlog(keys))
     assert (backlog.waiting, backlog.in_flight) == (2, 2)
     assert [one.ref for one in await claim(redis, keys, 5)] == [queued[0], queued[3]]
 
@@ -219,7 +220,7 @@ async def test_arguments_that_make_no_sense_write_nothing(
     call = scripts.cancel(keys, ttl_s, "why not", [one.ref])
 
     with pytest.raises(ResponseError):
-        await run(redis, scripts.Call(call.script, call.keys, (state, *call.arguments[1:]), call.read))
+        await run(redis, Call(call.script, call.keys, (state, *call.arguments[1:]), call.read))
 
     assert await read_everything(redis) == before
 

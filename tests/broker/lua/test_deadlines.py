@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.outcomes import OVERDUE
@@ -165,7 +165,7 @@ async def test_requests_past_their_deadline_are_named_and_no_others(redis: Contr
     await seed_queued(redis, keys)
     await age(redis, keys.deadlines, first, third)
 
-    swept = await run(redis, scripts.sweep(keys))
+    swept = await run(redis, control_scripts.sweep(keys))
 
     assert sorted(swept.overdue) == sorted([first.encode(), third.encode()])
     assert await read_state(redis, keys, first) == State.QUEUED
@@ -178,7 +178,7 @@ async def test_one_sweep_names_so_many_and_no_more(redis: Control, keys: Deploym
 
     counts = []
     for _ in range(3):
-        overdue = (await run(redis, scripts.sweep(keys))).overdue
+        overdue = (await run(redis, control_scripts.sweep(keys))).overdue
         counts.append(len(overdue))
         await run(redis, scripts.cancel(keys, 60, OVERDUE, overdue, overdue=True))
 
@@ -190,7 +190,7 @@ async def test_deadline_of_what_is_not_open_is_forgotten(redis: Control, keys: D
     ref = new_ref()
     await redis.zadd(keys.deadlines, {ref: 1})
 
-    (named,) = (await run(redis, scripts.sweep(keys))).overdue
+    (named,) = (await run(redis, control_scripts.sweep(keys))).overdue
     answers = await cancel(redis, keys, named.decode(), overdue=True)
 
     assert answers == [Ended.GONE]

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import Withdrawn
 from millstream.broker.keys import DeploymentKeys, Keys
-from millstream.broker.scripts import Withdrawn
 from tests.helpers import read_everything
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
@@ -19,12 +19,12 @@ async def deploy(
     redis: Control, keys: DeploymentKeys, revision: str, code: str = "code", *, configured: bool = False
 ) -> str:
     limits = ("3", "60", "", "")
-    call = scripts.deploy(keys, revision, code, f"config {revision}", b"defined", limits, configured=configured)
+    call = control_scripts.deploy(keys, revision, code, f"config {revision}", b"defined", limits, configured=configured)
     return await run(redis, call)
 
 
 async def withdraw(redis: Control, keys: DeploymentKeys, revision: str, back_to: str) -> Withdrawn:
-    call = scripts.withdraw(
+    call = control_scripts.withdraw(
         keys, revision, back_to, f"config {back_to}", "it raised", "Traceback ...", ("7", "70", "", "")
     )
     return await run(redis, call)
@@ -70,7 +70,7 @@ async def test_object_cannot_forget_its_user_config(redis: Control, keys: Deploy
 
 async def test_what_could_not_start_is_tried_as_a_new_version(redis: Control, keys: DeploymentKeys) -> None:
     await deploy(redis, keys, "r1")
-    await run(redis, scripts.note(keys, "r1", {"state": "DEPLOY_FAILED", "failed_revision": "r1"}))
+    await run(redis, control_scripts.note(keys, "r1", {"state": "DEPLOY_FAILED", "failed_revision": "r1"}))
 
     assert await deploy(redis, keys, "r2") == "r2"
     assert await deploy(redis, keys, "r3") == "r2"
@@ -92,7 +92,7 @@ async def test_new_deploy_ends_the_troubles_of_the_last_one_and_a_target_of_zero
     troubles = ("state", "message", "traceback", "failed_revision", "last_death")
     refusal = ("refused_revision", "refused_message", "refused_traceback")
     noted = {**dict.fromkeys((*troubles, *refusal), "x"), "target": "0", "override": "{}", "reason": "idle"}
-    await run(redis, scripts.note(keys, "r1", noted))
+    await run(redis, control_scripts.note(keys, "r1", noted))
 
     await deploy(redis, keys, "r2")
 
@@ -101,7 +101,7 @@ async def test_new_deploy_ends_the_troubles_of_the_last_one_and_a_target_of_zero
 
 async def test_new_deploy_keeps_any_other_target(redis: Control, keys: DeploymentKeys) -> None:
     await deploy(redis, keys, "r1")
-    await run(redis, scripts.decide(keys, 1, 3, "", {}))
+    await run(redis, control_scripts.decide(keys, 1, 3, "", {}))
 
     await deploy(redis, keys, "r2")
 
@@ -128,7 +128,7 @@ async def test_withdrawn_config_gives_way_to_the_one_before(redis: Control, keys
 async def test_withdrawal_ends_a_failure_to_start_with_that_config(redis: Control, keys: DeploymentKeys) -> None:
     await deploy(redis, keys, "r1")
     await deploy(redis, keys, "r2")
-    await run(redis, scripts.note(keys, "r2", {"state": "DEPLOY_FAILED", "failed_revision": "r2"}))
+    await run(redis, control_scripts.note(keys, "r2", {"state": "DEPLOY_FAILED", "failed_revision": "r2"}))
 
     await withdraw(redis, keys, "r2", "r1")
 
@@ -162,10 +162,12 @@ async def test_there_is_no_way_back_and_forth(redis: Control, keys: DeploymentKe
 
 
 async def test_note_is_written_to_what_is_deployed_only(redis: Control, keys: DeploymentKeys) -> None:
-    assert await run(redis, scripts.note(keys, "", {"last_death": "x"})) == 0
+    assert await run(redis, control_scripts.note(keys, "", {"last_death": "x"})) == 0
     await deploy(redis, keys, "r1")
 
-    written = [await run(redis, scripts.note(keys, revision, {"by": revision})) for revision in ("r0", "r1", "")]
+    written = [
+        await run(redis, control_scripts.note(keys, revision, {"by": revision})) for revision in ("r0", "r1", "")
+    ]
 
     assert written == [0, 1, 1]
     assert await fields(redis, keys.status) == {"by": ""}
@@ -177,7 +179,7 @@ async def test_note_is_written_to_what_is_deployed_only(redis: Control, keys: De
 async def test_closed_deployment_takes_nothing(redis: Control, keys: DeploymentKeys) -> None:
     await deploy(redis, keys, "r1")
 
-    assert [await run(redis, scripts.close(keys, "r1")) for _ in range(2)] == [1, 1]
+    assert [await run(redis, control_scripts.close(keys, "r1")) for _ in range(2)] == [1, 1]
     with pytest.raises(Exception, match="NODEPLOYMENT"):
         await run(redis, scripts.submit(keys, "", (b"r" * 22, "normal", b"m", "", b"")))
     assert not await redis.exists(keys.definition)
@@ -187,7 +189,7 @@ async def test_deployment_that_was_deployed_anew_is_not_closed(redis: Control, k
     await deploy(redis, keys, "r2")
     before = await read_everything(redis)
 
-    assert await run(redis, scripts.close(keys, "r1")) == 0
+    assert await run(redis, control_scripts.close(keys, "r1")) == 0
     assert await read_everything(redis) == before
 
 
@@ -196,7 +198,7 @@ async def test_deployment_that_was_deployed_anew_is_not_closed(redis: Control, k
 
 async def test_record_is_replaced_if_it_is_the_one_that_was_read(redis: Control) -> None:
     async def replace(read: str, text: str) -> int:
-        return await run(redis, scripts.replace(ALL, "app", read, text))
+        return await run(redis, control_scripts.replace(ALL, "app", read, text))
 
     assert [await replace("", "a"), await replace("", "b"), await replace("a", "c"), await replace("a", "d")] == [
         1, 0, 1, 0,

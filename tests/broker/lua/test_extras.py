@@ -7,9 +7,10 @@ import pytest
 from redis.exceptions import ResponseError
 
 from millstream.broker import scripts
+from millstream.broker.call import Call
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import Call, Submitted, Supplied
+from millstream.broker.scripts import Submitted, Supplied
 from millstream.broker.states import State
 from tests.helpers import (
     BODY,

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.link import dial
@@ -111,7 +111,7 @@ async def test_config_is_taken_back_and_causes_are_noted_and_what_left_is_remove
     await redis.hdel(keys.replicas, "r-1")
     await fill()
 
-    assert await registry.withdraw("app.Model", third.revision, first, "why", "") is scripts.Withdrawn.WITHDRAWN
+    assert await registry.withdraw("app.Model", third.revision, first, "why", "") is control_scripts.Withdrawn.WITHDRAWN
     await registry.note_death("app.Model", "r-1", "killed")
     await registry.retire()
 
@@ -171,7 +171,7 @@ async def test_due_requests_are_queued(redis: Control, keys: DeploymentKeys, fil
     await redis.zadd(keys.due, {ref: 1})
     await fill()
 
-    assert (await run(redis, scripts.sweep(keys))).promoted == 1
+    assert (await run(redis, control_scripts.sweep(keys))).promoted == 1
 
 
 async def test_due_requests_are_woken(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
@@ -263,7 +263,7 @@ async def test_autoscaler_reads_and_decides_and_leases_are_renewed(
     await seed_queued(redis, keys)
     await fill()
 
-    assert (await run(redis, scripts.backlog(keys))).waiting == 1
-    assert await run(redis, scripts.lead(Keys("ms"), "a-1", 10)) == 1
-    assert await run(redis, scripts.decide(keys, 1, 3, "why", {})) == "decided"
-    assert await run(redis, scripts.renew([keys.lease(REPLICA)], 10, "launcher")) == 1
+    assert (await run(redis, control_scripts.backlog(keys))).waiting == 1
+    assert await run(redis, control_scripts.lead(Keys("ms"), "a-1", 10)) == 1
+    assert await run(redis, control_scripts.decide(keys, 1, 3, "why", {})) == "decided"
+    assert await run(redis, control_scripts.renew([keys.lease(REPLICA)], 10, "launcher")) == 1

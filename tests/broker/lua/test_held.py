@@ -3,7 +3,8 @@
 import pytest
 from redis.exceptions import ResponseError
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
+from millstream.broker.call import Call
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.scripts import Submitted, Supplied, Waiter
@@ -33,7 +34,7 @@ A, B = "up.A~" + "a" * 22, "up.B~" + "b" * 22
 VALUE = b"succeeded normal 1-1\nvalue"
 
 
-def hold(keys: DeploymentKeys, ref: str, *depends_on: str, delay_ms: int = 0) -> scripts.Call[Submitted]:
+def hold(keys: DeploymentKeys, ref: str, *depends_on: str, delay_ms: int = 0) -> Call[Submitted]:
     return scripts.hold(keys, CALLER, ref.encode(), "low", b"embed", BODY, delay_ms=delay_ms, depends_on=depends_on)
 
 
@@ -81,7 +82,7 @@ async def test_held_requests_take_no_place_in_a_lane(redis: Control, keys: Deplo
     await seed_delayed(redis, keys)
 
     assert await claim(redis, keys, 5) == []
-    assert (await run(redis, scripts.backlog(keys))).waiting == 0
+    assert (await run(redis, control_scripts.backlog(keys))).waiting == 0
 
 
 # supply

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import RENEW_HOLDS_AFTER_MS
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import HOLD_MS, RENEW_HOLDS_AFTER_MS, Supplied
+from millstream.broker.scripts import HOLD_MS, Supplied
 from tests.helpers import (
     REPLICA,
     cancel,
@@ -142,7 +143,7 @@ async def test_sweep_forgets_what_is_noted_for_nobody(redis: Control, keys: Depl
     await deploy_config(redis, keys)
     await redis.hset(keys.holds, new_ref(), f"1 {OF_A}")
 
-    swept = await run(redis, scripts.sweep(keys))
+    swept = await run(redis, control_scripts.sweep(keys))
 
     assert swept.keep == []
     assert not await redis.exists(keys.holds)
@@ -155,10 +156,10 @@ async def test_sweep_names_what_is_to_be_renewed_and_only_in_its_time(redis: Con
     await deploy_config(redis, keys)
     old, fresh = await seed_holding(redis, keys), await seed_holding(redis, keys)
 
-    at_once = await run(redis, scripts.sweep(keys))
+    at_once = await run(redis, control_scripts.sweep(keys))
     await let_them_age(redis, keys, old)
-    in_time = await run(redis, scripts.sweep(keys))
-    again = await run(redis, scripts.sweep(keys))
+    in_time = await run(redis, control_scripts.sweep(keys))
+    again = await run(redis, control_scripts.sweep(keys))
 
     assert [swept.keep for swept in (at_once, in_time, again)] == [[], [OF_A], []]
     assert abs((await holds(redis, keys, old))[0] - (await holds(redis, keys, fresh))[0]) < 60_000
@@ -168,11 +169,11 @@ async def test_sweeper_that_dies_before_it_renews_leaves_time_for_others(redis: 
     await deploy_config(redis, keys)
     ref = await seed_holding(redis, keys)
     await let_them_age(redis, keys, ref)
-    await run(redis, scripts.sweep(keys))  # and dies
+    await run(redis, control_scripts.sweep(keys))  # and dies
 
     await let_them_age(redis, keys, ref)
 
-    assert (await run(redis, scripts.sweep(keys))).keep == [OF_A]
+    assert (await run(redis, control_scripts.sweep(keys))).keep == [OF_A]
     assert HOLD_MS > 3 * RENEW_HOLDS_AFTER_MS
 
 
@@ -187,7 +188,7 @@ async def test_every_one_is_found_in_the_course_of_some_sweeps(
 
     found, cursor, steps = list[str](), b"", 0
     while cursor != b"0":
-        swept = await run(redis, scripts.sweep(keys, cursor or b"0"))
+        swept = await run(redis, control_scripts.sweep(keys, cursor or b"0"))
         found, cursor, steps = found + swept.keep, swept.holds_cursor, steps + 1
 
     assert sorted(found) == sorted(names)

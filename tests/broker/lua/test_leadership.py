@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, Keys
 from tests.helpers import deploy_config, read_everything
@@ -15,11 +15,13 @@ ALL = Keys("ms")
 
 
 async def lead(redis: Control, autoscaler: str) -> int:
-    return await run(redis, scripts.lead(ALL, autoscaler, 10))
+    return await run(redis, control_scripts.lead(ALL, autoscaler, 10))
 
 
 async def decide(redis: Control, keys: DeploymentKeys, fence: int, target: int) -> str:
-    return await run(redis, scripts.decide(keys, fence, target, "backlog grows", {"waiting": 7, "in_flight": 2}))
+    return await run(
+        redis, control_scripts.decide(keys, fence, target, "backlog grows", {"waiting": 7, "in_flight": 2})
+    )
 
 
 # lead
@@ -107,15 +109,15 @@ async def test_nothing_is_decided_for_a_deployment_that_is_gone(redis: Control, 
 async def test_renewed_leases_end_by_themselves(redis: Control, keys: DeploymentKeys) -> None:
     leases = [keys.lease("r-1"), keys.lease("r-2")]
 
-    assert await run(redis, scripts.renew(leases, 0.5, "launcher")) == 2
+    assert await run(redis, control_scripts.renew(leases, 0.5, "launcher")) == 2
     assert [0 < await redis.pttl(lease) <= 500 for lease in leases] == [True, True]
 
 
 async def test_lease_that_has_ended_is_revived(redis: Control, keys: DeploymentKeys) -> None:
     lease = keys.lease("r-1")
-    await run(redis, scripts.renew([lease], 10, "launcher"))
+    await run(redis, control_scripts.renew([lease], 10, "launcher"))
     await redis.pexpire(lease, 0)
 
-    await run(redis, scripts.renew([lease], 10, "launcher"))
+    await run(redis, control_scripts.renew([lease], 10, "launcher"))
 
     assert await redis.get(lease) == b"launcher"

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import Link, dial
@@ -210,7 +210,7 @@ async def test_limit_holds_while_a_replica_takes_and_finishes(
             await finish(redis, keys, *claimed)
         accepted += sum(2 - len(answer) for answer in [await call for call in calls])
         finished += len(claimed)
-        most_waiting = max(most_waiting, (await run(redis, scripts.backlog(keys))).waiting)
+        most_waiting = max(most_waiting, (await run(redis, control_scripts.backlog(keys))).waiting)
 
     assert most_waiting <= 5 < accepted
-    assert accepted == finished + (await run(redis, scripts.backlog(keys))).waiting
+    assert accepted == finished + (await run(redis, control_scripts.backlog(keys))).waiting

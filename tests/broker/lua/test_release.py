@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import GROUP, DeploymentKeys
 from millstream.broker.scripts import Released, Waiter
@@ -195,7 +195,7 @@ async def test_one_release_may_bury_some_and_requeue_others(redis: Control, keys
 async def test_release_by_lease_is_refused_while_there_is_one(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
     (one,) = await seed_running(redis, keys)
-    await run(redis, scripts.renew([keys.lease(REPLICA)], 10, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease(REPLICA)], 10, "launcher"))
 
     assert await release(redis, keys, expired=True) == ALIVE
     assert await read_state(redis, keys, one.ref) == State.RUNNING
@@ -204,7 +204,7 @@ async def test_release_by_lease_is_refused_while_there_is_one(redis: Control, ke
 async def test_release_by_lease_is_carried_out_once_it_has_ended(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
     (one,) = await seed_running(redis, keys)
-    await run(redis, scripts.renew([keys.lease(REPLICA)], 10, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease(REPLICA)], 10, "launcher"))
     await redis.pexpire(keys.lease(REPLICA), 0)
 
     released = await release(redis, keys, expired=True)
@@ -216,7 +216,7 @@ async def test_release_by_lease_is_carried_out_once_it_has_ended(redis: Control,
 async def test_death_that_a_parent_saw_does_not_wait_for_the_lease(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
     (one,) = await seed_running(redis, keys)
-    await run(redis, scripts.renew([keys.lease(REPLICA)], 10, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease(REPLICA)], 10, "launcher"))
 
     await release(redis, keys, expired=False)
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import Swept
 from millstream.broker.keys import LANES, DeploymentKeys
-from millstream.broker.scripts import REPAIR_AFTER_MS, SWEEP_LIMIT, Swept
+from millstream.broker.scripts import REPAIR_AFTER_MS, SWEEP_LIMIT
 from millstream.broker.states import State
 from tests.helpers import (
     age,
@@ -28,7 +29,7 @@ A, B, C = ("up.Up~" + letter * 22 for letter in "abc")
 
 
 async def sweep(redis: Control, keys: DeploymentKeys) -> Swept:
-    return await run(redis, scripts.sweep(keys))
+    return await run(redis, control_scripts.sweep(keys))
 
 
 async def test_nothing_to_do_writes_nothing(redis: Control, keys: DeploymentKeys) -> None:
@@ -119,7 +120,7 @@ async def test_requests_that_wait_for_very_much_are_looked_after_a_few_at_a_time
 async def test_registered_replica_without_lease_is_named(redis: Control, keys: DeploymentKeys) -> None:
     await redis.hset(keys.config, "max_attempts", 3)
     await redis.hset(keys.replicas, mapping={"dead": "{}", "alive": "{}"})
-    await run(redis, scripts.renew([keys.lease("alive")], 10, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease("alive")], 10, "launcher"))
 
     assert (await sweep(redis, keys)).without_lease == ["dead"]
 
@@ -129,7 +130,7 @@ async def test_consumer_that_is_not_registered_is_named(redis: Control, keys: De
     await deploy_config(redis, keys)
     await seed_running(redis, keys, lane=lane, replica="ghost")
     await seed_running(redis, keys, lane=lane, replica="alive")
-    await run(redis, scripts.renew([keys.lease("alive")], 10, "launcher"))
+    await run(redis, control_scripts.renew([keys.lease("alive")], 10, "launcher"))
 
     assert (await sweep(redis, keys)).without_lease == ["ghost"]
 
