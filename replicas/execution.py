@@ -193,6 +193,10 @@ class Executor:
         """What has been running here since before a moment on the loop's clock, and has not been taken away."""
         return [running for running in self.running.values() if running.since < before and not running.is_taken]
 
+    def flush(self) -> None:
+        """Send the outcomes of what has just been started and has ended already."""
+        self._finisher.flush()
+
     def close(self) -> None:
         """Let idle threads go; a thread still running user code ends with the process."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -71,6 +71,11 @@ class Finisher:
             self._is_scheduled = True
             self._loop.call_soon(self._flush)
 
+    def flush(self) -> None:
+        """Send what is to be sent, at once."""
+        if self._is_scheduled:
+            self._flush()
+
     def resume(self, link: Link) -> None:
         """There is a connection (again): send what is waiting."""
         self.link = link

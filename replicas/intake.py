@@ -13,6 +13,7 @@ from millstream.replicas.execution import Executor
 
 BLOCK_MS = int(LEASE_S * 1000 / 2)  # at most half a lease: a dead replica's blocked read must not outlive its burial
 DIRECT_READS = 3  # of a deep lane, between two looks at all lanes: what is returned or urgent waits no longer than that
+FEW, ONE_BY_ONE = 3, 4  # after more idle claims than that, so many are taken one by one
 log = logging.getLogger("millstream.replica")
 
 
@@ -26,6 +27,7 @@ class Intake:
         self.resize(max_ongoing)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
         self._direct_reads, self._direct_lane, self._was_direct = 0, b"", False
+        self._idle_claims = 0  # in a row: they have found nothing
         self.is_draining = False
         self.is_paused = False  # nothing new starts; what has been claimed goes back to its lane
         self._may_start_more = False  # a claim is in the air, or about to be
@@ -65,8 +67,9 @@ class Intake:
                 self._direct_reads = 0
                 claim = self._claim(reads, 0)
                 continue
+            self._idle_claims = 0 if claimed else self._idle_claims + 1
             if not claimed and self.free > 0 and not self.is_draining:
-                claimed = await self._within_slots(await self._block(reads), writes)
+                claimed = await self._wait(reads, writes)
             if not self.is_draining:
                 claim = self._claim(reads, sum(len(entries) for _, entries in claimed))
             self._start(claimed)
@@ -102,6 +105,22 @@ class Intake:
             self._may_start_more = False
             await self._executor.slot_freed.wait()
             self._may_start_more = True
+
+    async def _wait(self, reads: Link, writes: Link) -> list[Any]:
+        """Wait in the server for what comes next.
+
+        Where requests come one by one, the claim after each finds nothing, and costs the server as much as the request:
+        then several are taken one by one. After that, or as soon as there is no free slot, a claim sees what else waits.
+        """
+        claimed = await self._within_slots(await self._block(reads), writes)
+        for _ in range(ONE_BY_ONE if self._idle_claims > FEW else 0):
+            self._start(claimed)
+            self._executor.flush()  # ahead of the next wait: nothing else is to come along with it
+            claimed = []
+            if self.free <= 0 or self.is_draining:
+                break
+            claimed = await self._within_slots(await self._block(reads), writes)
+        return claimed
 
     async def _block(self, reads: Link) -> list[Any]:
         """Wait in the server for the next request; up to one per lane may come at once."""

@@ -128,3 +128,28 @@ async def test_entry_that_is_no_request_stops_nothing_and_is_kept(
     assert await redis.xlen(stage.keys.lane("normal")) == 1
     await redis.xack(stage.keys.lane("normal"), "replicas", entry)
     await redis.xdel(stage.keys.lane("normal"), entry)
+
+
+async def reads(redis: Control) -> int:
+    """How often lanes have been read, in scripts as well. Replicas that wait do so every few seconds, too."""
+    stats: dict[str, Any] = await redis.info("commandstats")
+    return int(stats["cmdstat_xreadgroup"]["calls"])
+
+
+async def test_requests_that_come_one_by_one_cost_few_reads_and_a_burst_after_them_comes_in_batches(
+    stage: Stage, redis: Control
+) -> None:
+    await stage.start(Model)
+    for x in range(10):
+        await stage.handle.call(x)
+
+    before = await reads(redis)
+    for x in range(100):
+        await stage.handle.call(x)
+    one_by_one = await reads(redis) - before
+    await stage.submit(redis, *range(300))
+    await wait_until(lambda: are_open(stage, redis, 0))
+    burst = await reads(redis) - before - one_by_one
+
+    assert one_by_one < 100 * 3, "a claim reads four lanes: after each request that would be five reads"
+    assert burst < 100
