@@ -1,5 +1,7 @@
 """The pages of the documentation, and what can be read out of them: code blocks and tables."""
 
+import ast
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,3 +84,19 @@ def headings(page: Path) -> list[str]:
         elif not is_code and (heading := _HEADING.match(line)):
             found.append(heading[1])
     return found
+
+
+def tests_named(cell: str) -> list[tuple[str, str]]:
+    """(file, function) of each test that a cell names."""
+    return re.findall(r"`(tests/[\w/.]+\.py)::(test_\w+)`", cell)
+
+
+def is_test(file: str, name: str) -> bool:
+    return (ROOT / file).is_file() and name in _functions_in(file)
+
+
+@functools.cache
+def _functions_in(file: str) -> set[str]:
+    """The names of the functions at the top level of a file of tests."""
+    tree = ast.parse((ROOT / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}

@@ -1,7 +1,5 @@
 """docs/ray-compatibility.md: every row says what both do, and names tests that exist."""
 
-import ast
-import functools
 import re
 
 import pytest
@@ -13,21 +11,19 @@ COLUMNS = ["Ray Serve", "millstream", "Test"]
 TITLES = pages.headings(PAGE)[1:]
 
 
-@functools.cache
-def functions_in(file: str) -> set[str]:
-    """The names of the functions at the top level of a file of tests."""
-    tree = ast.parse((pages.ROOT / file).read_text())
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-
-
 @pytest.mark.parametrize("title", TITLES)
 def test_every_row_is_complete_and_its_tests_exist(title: str) -> None:
     rows = pages.table(PAGE, title)
 
     assert list(rows[0]) == COLUMNS
     assert [row for row in rows if not all(row.values())] == []
-    assert [row["Ray Serve"] for row in rows if row["Test"] != "-" and not named(row["Test"])] == []
-    assert [f"{file}::{name}" for row in rows for file, name in named(row["Test"]) if not exists(file, name)] == []
+    assert [row["Ray Serve"] for row in rows if row["Test"] != "-" and not pages.tests_named(row["Test"])] == []
+    assert [
+        f"{file}::{name}"
+        for row in rows
+        for file, name in pages.tests_named(row["Test"])
+        if not pages.is_test(file, name)
+    ] == []
 
 
 def test_nothing_in_a_cell_of_tests_was_overlooked() -> None:
@@ -40,11 +36,3 @@ def test_what_is_not_there_says_why() -> None:
     rows = [row for title in TITLES for row in pages.table(PAGE, title)]
 
     assert [row for row in rows if re.match("not there(?!:)", row["millstream"])] == []
-
-
-def named(cell: str) -> list[tuple[str, str]]:
-    return re.findall(r"`(tests/[\w/.]+\.py)::(test_\w+)`", cell)
-
-
-def exists(file: str, name: str) -> bool:
-    return (pages.ROOT / file).is_file() and name in functions_in(file)
