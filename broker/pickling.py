@@ -43,12 +43,19 @@ class Pickled(NamedTuple):
 
 
 def dump_plain(value: Any) -> bytes | None:
-    """Pickle a value that takes nothing special, as most do: small, and known by name wherever it is read. Else None."""
+    """Pickle a value that takes nothing special, as most do: no large buffers, and known by name wherever it is read. Else
+    None. What comes out may be large."""
     try:
         data = _plain_dumps(value, PROTOCOL, buffer_callback=_refuse_large)
     except Exception:  # `dump_parts` finds out why
         return None
-    return data if len(data) <= LARGE_BYTES and b"__main__" not in data else None
+    return data if b"__main__" not in data else None
+
+
+def large(data: bytes, what: str) -> Pickled:
+    """What `dump_plain` has made, where it is large. Raises PayloadTooLargeError past the limit."""
+    _check_size(len(data), what)
+    return Pickled(data, [])
 
 
 def dump_parts(value: Any, what: str, replace: Callable[[Any], Any] | None = None) -> bytes | Pickled:

@@ -59,7 +59,7 @@ _WAITED_FOR = (ObjectRef, asyncio.Future)
 
 
 def encode_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
-    """The pickled arguments of a call that takes nothing special, as most do; else None, and `encode` does it."""
+    """The pickled arguments, of any length, of a call that takes nothing special, as most do; else None, and `encode` does it."""
     for value in args:
         if isinstance(value, _WAITED_FOR):
             return None
@@ -73,38 +73,41 @@ def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any], model_id: s
     """Pickle the arguments of a call to `what`, and the id of the model it is for. SerializationError, PayloadTooLargeError."""
     depends_on: list[ObjectRef] = []
     mentions: list[ObjectRef] = []
-    for value in args:
-        if isinstance(value, _WAITED_FOR):
-            args = tuple(_later(value, depends_on) for value in args)
-            break
-    if kwargs:
-        for value in kwargs.values():
-            if isinstance(value, _WAITED_FOR):
-                kwargs = {name: _later(value, depends_on) for name, value in kwargs.items()}
-                break
+    tasks: list[RefTask] = []
+
+    def later(value: Any) -> Any:
+        ref = _task_to_ref(value, tasks)
+        if isinstance(ref, ObjectRef):
+            depends_on.append(ref)
+            return Later(ref.id)
+        return value
 
     def replace(value: Any) -> Any:
-        ref = _task_to_ref(value)
+        ref = _task_to_ref(value, tasks)
         if ref is not value:
             mentions.append(ref)
         return ref
 
+    for value in args:
+        if isinstance(value, _WAITED_FOR):
+            args = tuple(later(value) for value in args)
+            break
+    if kwargs:
+        for value in kwargs.values():
+            if isinstance(value, _WAITED_FOR):
+                kwargs = {name: later(value) for name, value in kwargs.items()}
+                break
     call = (args, kwargs, model_id) if model_id else (args, kwargs)
-    return Arguments(pickling.dump_parts(call, what, replace), depends_on, mentions)
+    body = pickling.dump_parts(call, what, replace)
+    for task in tasks:
+        task.is_argument = True
+        task.add_done_callback(_note_failure)
+    return Arguments(body, depends_on, mentions)
 
 
-def _later(value: Any, depends_on: list[ObjectRef]) -> Any:
-    ref = _task_to_ref(value)
-    if isinstance(ref, ObjectRef):
-        depends_on.append(ref)
-        return Later(ref.id)
-    return value
-
-
-def _task_to_ref(value: Any) -> Any:
+def _task_to_ref(value: Any, tasks: list[RefTask]) -> Any:
     if isinstance(value, RefTask):
-        value.is_argument = True
-        value.add_done_callback(_note_failure)
+        tasks.append(value)
         return value.ref
     if isinstance(value, asyncio.Future):
         raise SerializationError(

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from millstream.broker import pickling
 from millstream.broker.keys import deployment_tag
 from millstream.handles import arguments, context, engines
 from millstream.handles.engine import Engine
@@ -75,11 +76,15 @@ class BaseHandle:
         def __call__(self, *_: Any, **__: Any) -> NoReturn:
             raise TypeError(f"a handle is not called itself: write {self._deployment}.remote(...) or .call(...)")
 
-    def _encode_plain(self, args: Any, kwargs: Any, caller: context.Request | None) -> bytes | None:
-        """The arguments of a request that is sent in one step, as most are; else None."""
+    def _encode_quickly(self, args: Any, kwargs: Any, caller: context.Request | None) -> bytes | arguments.Arguments:
+        """The arguments of a request that is sent in one step, as most are, as they are pickled; of others as `_encode`."""
         if self._is_plain and (caller is None or not caller.model_id):
-            return arguments.encode_plain(args, kwargs)
-        return None
+            body = arguments.encode_plain(args, kwargs)
+            if body is not None:
+                if len(body) <= pickling.LARGE_BYTES:
+                    return body
+                return arguments.Arguments(pickling.large(body, self._what), [], [])
+        return self._encode(args, kwargs)
 
     def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> arguments.Arguments:
         model_id = self._options.multiplexed_model_id

@@ -49,11 +49,12 @@ class Request:
 
     def sends(self, engine: Any, pending: Pending) -> None:
         """Note a request that this one has sent: it is cancelled with it. Any thread."""
-        children = self._children
-        if children is None:
+        if self._children is None:
             with _lock:
-                children = self._children = self._children or []
-            self._prune_at = PRUNE_AT
+                if self._children is None:
+                    self._prune_at = PRUNE_AT
+                    self._children = []
+        children = self._children
         children.append((engine, pending))
         if len(children) > self._prune_at:
             with _lock:

@@ -112,11 +112,11 @@ class DeploymentHandle(BaseHandle, Generic[T_co]):
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         caller = context.current.get()
-        if (body := self._encode_plain(args, kwargs, caller)) is not None:
-            self._submit_plain(engine, route, pending, body, extras, until_queued)
+        encoded = self._encode_quickly(args, kwargs, caller)
+        if isinstance(encoded, bytes):
+            self._submit_plain(engine, route, pending, encoded, extras, until_queued)
         else:
-            encoded = self._encode(args, kwargs).snapshot()
-            self._submit(engine, route, pending, encoded, extras, until_queued)
+            self._submit(engine, route, pending, encoded.snapshot(), extras, until_queued)
         if caller is not None and self._options.idempotency_key is None:
             caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
@@ -239,10 +239,10 @@ class SyncHandle(BaseHandle, Generic[T_co]):
         until_queued = for_match and self._options.block_until == "queued"
         extras = self._matched_extras if for_match and not until_queued else self._plain
         caller = context.current.get()
-        if (body := self._encode_plain(args, kwargs, caller)) is not None:
-            background.call(self._submit_plain, engine, route, pending, body, extras, until_queued)
+        encoded = self._encode_quickly(args, kwargs, caller)
+        if isinstance(encoded, bytes):
+            background.call(self._submit_plain, engine, route, pending, encoded, extras, until_queued)
         else:
-            encoded = self._encode(args, kwargs)
             if snapshot:
                 encoded = encoded.snapshot()
             background.call(self._submit, engine, route, pending, encoded, extras, until_queued)

@@ -36,7 +36,8 @@ class How(NamedTuple):
 
     @property
     def refill_at(self) -> int:
-        """More are sent when only so many are under way: a few at once cost less. With less than 32, one by one."""
+        """While values are at hand, more are sent when only so many are under way: a few at once cost less. Who has to wait
+        for a value sends all that may be under way first."""
         return self.max_in_flight - max(1, self.max_in_flight // 16)
 
     def check(self) -> None:
@@ -261,6 +262,8 @@ class _AsyncSource:
     async def send(self, most: int) -> "list[asyncio.Future[Any]]":
         """Send up to so many; one at a time where the items have to be awaited. None sent: there are no more."""
         sent: list[asyncio.Future[Any]] = []
+        if not most:
+            return sent
         try:
             if self._async_items is not None:
                 self._send_to(sent, await anext(self._async_items))
@@ -294,8 +297,9 @@ async def _in_order_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
     number = 0
     try:
         while True:
-            while len(in_flight) <= how.refill_at and (sent := await source.send(how.max_in_flight - len(in_flight))):
-                in_flight += sent
+            if len(in_flight) <= how.refill_at or not in_flight[0].done():
+                while sent := await source.send(how.max_in_flight - len(in_flight)):
+                    in_flight += sent
             if not in_flight:
                 break
             one = in_flight.popleft()
@@ -317,11 +321,12 @@ async def _as_completed_async(source: _AsyncSource, how: How) -> AsyncIterator[A
     count = 0
     try:
         while True:
-            while len(in_flight) <= how.refill_at and (sent := await source.send(how.max_in_flight - len(in_flight))):
-                for one in sent:
-                    in_flight[one] = count
-                    one.add_done_callback(ended.put_nowait)
-                    count += 1
+            if len(in_flight) <= how.refill_at or ended.empty():
+                while sent := await source.send(how.max_in_flight - len(in_flight)):
+                    for one in sent:
+                        in_flight[one] = count
+                        one.add_done_callback(ended.put_nowait)
+                        count += 1
             if not in_flight:
                 break
             future = await ended.get()

@@ -219,6 +219,8 @@ class Launcher:
             self._starts.end(tag, version)
         if process is not None:
             await self._for_sure(lambda: self._membership.enlist(process))
+            if process.replica not in self._replicas:  # it has died, and may have been buried before it was listed
+                await self._for_sure(lambda: self._membership.strike(process))
 
     async def _fork(self, tag: str, version: str) -> ReplicaProcess | None:
         current = await self._registry.current(tag)

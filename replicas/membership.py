@@ -49,6 +49,10 @@ class Membership:
         listed = self._registry.keys_of(process.tag).replicas
         await self._run(control_scripts.enlist(listed, process.replica, json.dumps(asdict(record)), only_if_new=True))
 
+    async def strike(self, process: ReplicaProcess) -> None:
+        """A replica is no more."""
+        await self._registry.client.hdel(self._registry.keys_of(process.tag).replicas, process.replica)
+
     async def leave(self) -> None:
         """Take the node off the list."""
         keys, client = self._registry.keys, self._registry.client

@@ -27,6 +27,11 @@ while i <= #ARGV do
   end
   -- All values end up in one entry, two arguments per value and a few more.
   if count > MOST then return redis.error_reply('TOOMANYREFS a request can wait for 3900 refs at most') end
+  for k = i + 8, i + 7 + count do
+    if not string.find(ARGV[k], '^%S+~%S+$') then
+      return redis.error_reply('BADREQUEST no ref id: ' .. string.sub(ARGV[k], 1, 200))
+    end
+  end
   requests[#requests + 1] = request
   refs[#refs + 1] = request.ref
   result_keys[#result_keys + 1] = KEYS[3] .. request.ref

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,7 @@ from millstream.errors import (
     DeployFailedError,
     DeploymentNotFoundError,
     RefNotFoundError,
+    RequestCancelledError,
     SerializationError,
     TaskError,
 )
@@ -250,6 +252,19 @@ def test_end_of_a_loop_cancels_no_request_that_another_one_needs(serving: Servin
 
     ((value,), _) = ObjectRef.from_id(ref_id).result(5)
     assert (value[0].result(5) if inside else value) == ((1,), {})
+
+
+@pytest.mark.anyio
+async def test_task_among_arguments_that_cannot_be_sent_still_cancels_its_request(serving: Serving) -> None:
+    slow, handle = serving.deploy_only(Model), serving(Model)
+    task = slow.note.remote(1)
+
+    with pytest.raises(SerializationError):
+        await handle.note.remote(task, threading.Lock())
+
+    task.cancel()
+    with pytest.raises(RequestCancelledError):
+        await asyncio.wait_for(task.ref, 5)
 
 
 # waiting

@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from millstream.errors import ConfigError, DeploymentNotFoundError, SerializationError
+from millstream.handles import mapping
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
@@ -135,6 +136,40 @@ def test_blocking_callers_have_no_more_than_so_many_under_way(serving: Serving, 
     assert items.taken == 4
     assert len(list(mapping)) == 19
     assert gate.most <= 4
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("are_awaited", [True, False])
+@pytest.mark.parametrize("most", [1, 10, 64])
+async def test_as_many_as_may_be_are_under_way_while_values_are_waited_for(
+    ordered: bool, are_awaited: bool, most: int
+) -> None:
+    """A batch of that size is always filled."""
+    waiting: list[asyncio.Future[int]] = []
+
+    class Handle:
+        def _of_item(self, number: int) -> "Handle":
+            return self
+
+        def call(self, item: int) -> "asyncio.Future[int]":
+            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            waiting.append(future)
+            if len(waiting) == most:
+                for one in waiting:
+                    one.set_result(item)
+                waiting.clear()
+            return future
+
+    async def items() -> AsyncIterator[int]:
+        for x in range(most * 5):
+            yield x
+
+    values = mapping.async_map(
+        Handle(), items() if are_awaited else range(most * 5), max_in_flight=most, ordered=ordered
+    )
+
+    assert len(await asyncio.wait_for(collect(values), 5)) == most * 5
 
 
 @pytest.mark.anyio

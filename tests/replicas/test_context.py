@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -120,6 +121,20 @@ async def test_request_alone_is_no_replica() -> None:
 
     with pytest.raises(MillstreamError):
         serve.get_replica_context()
+
+
+def test_threads_of_one_request_may_send_at_once_and_none_is_forgotten() -> None:
+    for _ in range(200):
+        request, at_once = Request("app.Model", b"1"), threading.Barrier(4)
+
+        def send(request: Request = request, at_once: threading.Barrier = at_once) -> None:
+            at_once.wait(5)
+            request.sends(None, None)  # type: ignore[arg-type]
+
+        with ThreadPoolExecutor(4) as threads:
+            for done in [threads.submit(send) for _ in range(4)]:
+                done.result(5)
+        assert len(request._children or ()) == 4
 
 
 def test_context_cannot_be_changed_and_equals_itself_whatever_it_serves() -> None:

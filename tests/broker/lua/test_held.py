@@ -180,6 +180,19 @@ async def test_request_with_more_refs_is_refused_and_writes_nothing(redis: Contr
     assert await read_everything(redis) == before
 
 
+@pytest.mark.parametrize("ref_id", ["-", "*", "", "a b~c", "up.A", "up.A~a\nb"])
+async def test_what_is_no_ref_id_is_refused_and_writes_nothing(
+    redis: Control, keys: DeploymentKeys, ref_id: str
+) -> None:
+    await deploy_config(redis, keys)
+    before = await read_everything(redis)
+
+    with pytest.raises(ResponseError, match="BADREQUEST no ref id"):
+        await run(redis, hold(keys, new_ref(), A, ref_id))
+
+    assert await read_everything(redis) == before
+
+
 async def test_delayed_request_that_also_waits_is_delayed_once_it_has_its_values(
     redis: Control, keys: DeploymentKeys
 ) -> None:
