@@ -18,11 +18,12 @@ class RefTask(asyncio.Task[ObjectRef[T_co]]):
     is_argument = False  # another request needs it
 
     def cancel(self, msg: Any = None) -> bool:
-        """Before the match this cancels the request, as in Ray; later, and once it is an argument, it does nothing.
+        """Before the match this cancels the request, as in Ray; later it does nothing.
 
-        The end of an event loop cancels all tasks: what they have put together goes on.
+        The end of an event loop cancels all tasks, when it has stopped: what is an argument of another request goes on.
         """
-        if not self.done() and not self.is_argument:  # its coroutine may not have begun, and could not do this then
+        goes_on = self.done() or (self.is_argument and not self.get_loop().is_running())
+        if not goes_on:  # here and not in its coroutine, which may not have begun
             self.ref.cancel_unmatched()
         return super().cancel(msg)
 
