@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 UP_TO_DATE := $(VENV)/up-to-date
 
-# A virtual environment that happens to be active has nothing to say here.
-unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+# A virtual environment that happens to be active has nothing to say here. And bytecode is kept: without it, each of the
+# many processes compiles all of millstream for a second before it begins.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast check format bench soak clean

@@ -4,6 +4,7 @@
 MILLSTREAM_TEST_SERVERS. A test marked `fake` runs on fakeredis as well: for broker logic only, the real ones judge.
 """
 
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -26,6 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fake: runs on fakeredis, too")
+    config.addinivalue_line(
+        "markers", "any_server: what it tries is not up to the server: runs on the first real one only"
+    )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """More than processors: half of the time a test waits for processes that start and end."""
+    return math.ceil((os.cpu_count() or 1) * 1.5)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,6 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             raise pytest.UsageError(f"--servers: {', '.join(unknown)} unknown; choose from {', '.join(NAMES)}")
         if metafunc.definition.get_closest_marker("fake") is None:
             chosen = [name for name in chosen if name != FAKE]
+        if metafunc.definition.get_closest_marker("any_server") is not None:
+            chosen = [name for name in chosen if name != FAKE][:1]
         metafunc.parametrize("server", chosen, indirect=True, scope="session")
 
 

@@ -15,7 +15,7 @@ from millstream.dashboard.feed import Feed
 from millstream.dashboard.reading import look
 from tests.dashboard.seeding import MODEL, REASON, seed_shop
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_server]
 BASE = "http://127.0.0.1:8265"
 
 

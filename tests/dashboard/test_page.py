@@ -15,7 +15,7 @@ from tests.dashboard.seeding import BROKEN, GATE, MODEL, REASON, decide, seed_sh
 from tests.dashboard.serving import serve_dashboard
 from tests.servers import Server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.processes]
+pytestmark = [pytest.mark.anyio, pytest.mark.processes, pytest.mark.any_server]
 ROWS = "document.querySelectorAll('#rows > .row').length"
 DECISIONS = f"[...document.querySelectorAll('.decisions li')].some(line => line.innerText.includes({REASON!r}))"
 

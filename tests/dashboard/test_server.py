@@ -23,7 +23,7 @@ from tests.helpers import wait_until
 from tests.servers import Server
 from tests.timing import timed
 
-pytestmark = [pytest.mark.anyio, pytest.mark.processes]
+pytestmark = [pytest.mark.anyio, pytest.mark.processes, pytest.mark.any_server]
 NOWHERE = Settings("redis://127.0.0.1:1")
 
 

@@ -41,7 +41,7 @@ async def test_connection_that_is_lost_while_the_engine_catches_up_is_replaced_a
     await catching_up.wait()
 
     assert await asyncio.wait_for(handle.call(2), 5) == 4
-    assert engines.current().lines.is_connected
+    await wait_until(lambda: engines.current().lines.is_connected)
 
 
 async def test_engine_can_be_closed_while_it_catches_up(

@@ -22,6 +22,7 @@ from tests.handles.elsewhere import run_elsewhere
 from tests.handles.held import Model, Notes
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving
+from tests.timing import timed
 
 pytestmark = pytest.mark.anyio
 
@@ -124,6 +125,7 @@ async def clock(*_: Any) -> float:
     return time.time()
 
 
+@timed
 async def test_delayed_request_is_matched_at_once_and_runs_when_it_is_due(serving: Serving) -> None:
     handle = serving(clock).options(delay_s=0.3)
     before = time.time()
@@ -144,6 +146,7 @@ async def test_delayed_request_is_matched_at_once_and_runs_when_it_is_due(servin
     ],
     ids=["Unix time", "UTC", "another time zone"],
 )
+@timed
 async def test_eta_is_a_moment(serving: Serving, eta: Callable[[], Any]) -> None:
     handle = serving(clock)
     await handle.call()
@@ -153,6 +156,7 @@ async def test_eta_is_a_moment(serving: Serving, eta: Callable[[], Any]) -> None
     assert 0.299 <= after_s < 0.3 + PRECISION_S
 
 
+@timed
 @pytest.mark.parametrize("eta", [0, 1, datetime(2001, 1, 1, tzinfo=UTC)])
 async def test_eta_in_the_past_is_now(serving: Serving, eta: Any) -> None:
     handle = serving(clock)
@@ -161,6 +165,7 @@ async def test_eta_in_the_past_is_now(serving: Serving, eta: Any) -> None:
     assert await started_after(lambda: handle.options(eta=eta).call()) < PRECISION_S
 
 
+@timed
 async def test_handle_with_an_eta_is_prompt_once_it_has_passed(serving: Serving) -> None:
     handle = serving(clock).options(eta=time.time() + 0.2)
     await handle.call()
@@ -168,6 +173,7 @@ async def test_handle_with_an_eta_is_prompt_once_it_has_passed(serving: Serving)
     assert await started_after(handle.call) < PRECISION_S
 
 
+@timed
 async def test_sync_code_delays_too(serving: Serving) -> None:
     handle = serving(clock)
     blocking = SyncHandle(handle.deployment_name, handle.app_name).options(delay_s=0.2)
@@ -185,6 +191,7 @@ async def test_delayed_requests_run_in_the_order_of_their_times(serving: Serving
     assert notes.started == [1, 2, 3, 4, 5]
 
 
+@timed
 async def test_request_of_a_caller_that_is_gone_runs_within_about_a_second_of_its_time(
     serving: Serving, settings: Settings, notes: Notes
 ) -> None:
@@ -201,6 +208,7 @@ async def test_request_of_a_caller_that_is_gone_runs_within_about_a_second_of_it
     await wait_until(lambda: notes.started == ["it"], 0.5 + 1.5)
 
 
+@timed
 @pytest.mark.parametrize("first", ["the time", "the value"])
 async def test_request_waits_for_its_time_and_for_its_values(serving: Serving, notes: Notes, first: str) -> None:
     class Clock:
