@@ -58,8 +58,8 @@ class Program:
         self._look()
         self._process.send_signal(number)
 
-    def left_behind(self, timeout_s: float = 0.0) -> set[int]:
-        """Those of its processes that still run after `timeout_s`."""
+    def left_behind(self, timeout_s: float = 2.0) -> set[int]:
+        """Those of its processes that still run after `timeout_s`, which is for those that are just ending."""
         return wait_for_end(self._family, timeout_s)
 
     def kill(self) -> set[int]:
