@@ -53,6 +53,7 @@ def sweep(keys: DeploymentKeys, holds_cursor: bytes = b"0") -> Call[Swept]:
         (
             *keys.lanes, keys.replicas, keys.due, keys.parked, keys.open,
             keys.held, keys.prefix, keys.lease_prefix, keys.deadlines, keys.holds, keys.supplied_prefix,
+            keys.dead, keys.status,
         ),
         (SWEEP_LIMIT, REPAIR_AFTER_MS, RENEW_HOLDS_AFTER_MS, holds_cursor),
         lambda reply: Swept(

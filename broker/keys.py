@@ -192,7 +192,7 @@ class DeploymentKeys:
 
     @cached_property
     def dead(self) -> str:
-        """stream, bounded: requests whose attempts are used up, with their body and history. Permanent."""
+        """stream, bounded: requests whose attempts are used up, with their body and history. Ends with the deployment."""
         return f"{self.prefix}dead"
 
     @cached_property

@@ -98,8 +98,8 @@ def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
     ref_id = f"{tag}~{ref.decode()}"
     return ReplicaDiedError(
         f"request {ref_id} was running on replica {last['replica']} when it died ({last['cause']}), "
-        f"and that was attempt {last['attempt']} of max_attempts={len(attempts)}; look at the replica's output, "
-        "then send it again or raise max_attempts",
+        f"and that was attempt {last['attempt']}, the last one it had; look at the replica's output, "
+        "then send it again (`millstream dead requeue`) or raise max_attempts",
         ref_id=ref_id,
         attempts=attempts,
     )

@@ -317,6 +317,10 @@ class Registry:
         count: int = await self.client.xlen(self.keys_of(tag).dead)
         return count
 
+    async def dead_dropped(self, tag: str) -> int:
+        """Dead letters that were too old or too many to be kept."""
+        return int(await self.client.hget(self.keys_of(tag).status, "dead_dropped") or 0)
+
     async def now_ms(self) -> int:
         """The server's clock."""
         seconds, micros = await self.client.time()

@@ -16,6 +16,7 @@ from millstream.broker.tracebacks import shortened, user_traceback
 from millstream.errors import MillstreamError, TaskError
 
 MOST_BYTES = 1024 * 1024  # of a pickled exception: it goes through a script. A larger one loses its large parts
+MOST_SHORT = 200
 MOST_PART_BYTES = 64 * 1024
 MOST_LINKS = 10  # of a chain of causes
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a `class` statement, not one of C's
@@ -42,6 +43,13 @@ def describe(error: BaseException, *, where: str = "") -> dict[str, Any]:
         "traceback": user_traceback(error),
         "where": where,
     }
+
+
+def in_short(error: BaseException) -> str:
+    """Its class and the beginning of its text, in one line: for records that are not signed."""
+    text = " ".join(_text_of(error).split())
+    short = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    return f"{short}: {text[:MOST_SHORT]}" if text else short
 
 
 def rebuild(record: dict[str, Any], ref_id: str) -> BaseException:

@@ -46,6 +46,17 @@ class Forestalled(StrEnum):
     ENDED = "ended"
 
 
+class Requeued(StrEnum):
+    """What `requeue` did about one dead letter."""
+
+    QUEUED = "queued"
+    GONE = "gone"  # it was requeued, dropped or bounded away before
+    OPEN = "open"  # a request of the same idempotency key is pending
+    ENDED = "ended"  # or has ended since
+    MISSING = "missing"  # its large arguments have expired
+    UNUSABLE = "unusable"  # it is no request: somebody wrote it into a lane
+
+
 class Supplied(StrEnum):
     QUEUED = "queued"
     DELAYED = "delayed"
@@ -250,6 +261,17 @@ def finish(
     )  # fmt: skip
 
 
+def retry(keys: DeploymentKeys, lane: str, failures: Sequence[Any]) -> Call[list[int]]:
+    """`failures`: flat entry id, ref, delay_ms, how the attempt ended (JSON: replica, cause). Answers the positions of
+    those that the attempt does not own any more."""
+    return Call(
+        script("retry"),
+        (keys.lane(lane), keys.open, keys.held, keys.due, keys.supplied_prefix),
+        (lane, *failures),
+        list,
+    )
+
+
 def emit(
     keys: DeploymentKeys, ref: str, place: str, client: bytes, ttl_s: int, first: int, envelopes: Sequence[bytes]
 ) -> Call[tuple[bool, int]]:
@@ -287,11 +309,28 @@ def release(keys: DeploymentKeys, lane: str, replica: str, cause: str, *, expire
         script("release"),
         (
             keys.lane(lane), keys.lane("returned"), keys.open, keys.notes, keys.result_prefix,
-            keys.reply_prefix, keys.dead, keys.config, keys.lease(replica), *_ending(keys),
+            keys.reply_prefix, keys.dead, keys.config, keys.lease(replica), *_ending(keys), keys.status,
         ),
         (lane, replica, cause, "expired" if expired else "died"),
         read,
     )  # fmt: skip
+
+
+def requeue(keys: DeploymentKeys, entries: Sequence[str]) -> Call[list[Requeued]]:
+    """Send dead letters again, named by their entry ids."""
+    return Call(
+        script("requeue"),
+        (
+            keys.config, keys.dead, keys.open, keys.result_prefix, keys.prefix, keys.notes, keys.payload_prefix,
+        ),
+        entries,
+        lambda reply: [Requeued(answer.decode()) for answer in reply],
+    )  # fmt: skip
+
+
+def drop(keys: DeploymentKeys, entries: Sequence[str]) -> Call[int]:
+    """Forget dead letters; how many there were."""
+    return Call(script("drop"), (keys.dead, keys.open, keys.payload_prefix), entries, int)
 
 
 def discard(

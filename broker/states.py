@@ -7,7 +7,7 @@ class State(StrEnum):
     """Where a request is. Terminal states are kept under the result key until its TTL."""
 
     PARKED = "parked"  # waits for refs among its arguments; holds no slot and no place in a queue
-    DELAYED = "delayed"  # waits for its time
+    DELAYED = "delayed"  # waits for its time: asked for later, or to be tried again
     QUEUED = "queued"  # an entry in a lane that no replica has taken
     RUNNING = "running"  # an entry in some replica's pending list
     SUCCEEDED = "succeeded"  # has a value
@@ -31,6 +31,7 @@ class Event(StrEnum):
     REJECT = "reject"  # a request it depends on failed
     PROMOTE = "promote"  # its time has come (sweep)
     CLAIM = "claim"  # a replica takes it
+    RETRY = "retry"  # its code raised, and is to be tried again after a pause: next attempt
     HAND_BACK = "hand_back"  # the replica did not start it and gives it back: no attempt
     RELEASE = "release"  # its replica is dead: next attempt, in the lane `returned`
     BURY = "bury"  # its replica is dead and its attempts are used up
@@ -40,6 +41,7 @@ class Event(StrEnum):
     FORESTALL = "forestall"  # its caller cancels it while it may still be on its way here
     EXPIRE = "expire"  # its deadline has passed, by the server's clock
     DISCARD = "discard"  # its deployment is deleted
+    REQUEUE = "requeue"  # an operator sends a dead letter again
 
 
 # None stands for "unknown to the server". What is not in the table is refused and changes nothing.
@@ -53,6 +55,7 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (State.PARKED, Event.REJECT): State.FAILED,
     (State.DELAYED, Event.PROMOTE): State.QUEUED,
     (State.QUEUED, Event.CLAIM): State.RUNNING,
+    (State.RUNNING, Event.RETRY): State.DELAYED,
     (State.RUNNING, Event.HAND_BACK): State.QUEUED,
     (State.RUNNING, Event.RELEASE): State.QUEUED,
     (State.RUNNING, Event.BURY): State.DEAD,
@@ -70,4 +73,5 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (State.DELAYED, Event.DISCARD): State.CANCELLED,
     (State.QUEUED, Event.DISCARD): State.CANCELLED,
     (State.RUNNING, Event.DISCARD): State.CANCELLED,
+    (State.DEAD, Event.REQUEUE): State.QUEUED,
 }

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from millstream.errors import ConfigError
+from millstream.retry import Retry
 
 # Options of later Ray Serve versions that choose between its own mechanisms: accepted, so that code ports unchanged.
 IGNORED = frozenset({"use_new_handle_api", "_prefer_local_routing", "_by_reference"})
@@ -29,6 +30,7 @@ class HandleOptions:
     eta: float | datetime | None = None  # to be started no sooner than then: a time zone aware datetime, or Unix time
     idempotency_key: str | None = None  # a second request with this key is the first one
     max_attempts: int | None = None  # instead of the deployment's
+    retry: Retry | int | None = None  # instead of the deployment's: if its code raises; 0: never
     when_full: Literal["raise", "wait"] = "raise"  # where max_queued_requests wait already
     kill_on_cancel: bool = False  # replace the replica if it is still busy with a request that was cancelled
     multiplexed_model_id: str = ""
@@ -48,6 +50,7 @@ class HandleOptions:
         _whole("max_ahead", self.max_ahead, 1, MOST_AHEAD)
         if self.max_attempts is not None:
             _whole("max_attempts", self.max_attempts, 1, 1000)
+        object.__setattr__(self, "retry", Retry.of(self.retry))
         if self.idempotency_key is not None and (not isinstance(self.idempotency_key, str) or not self.idempotency_key):
             raise ConfigError(f"idempotency_key={self.idempotency_key!r} must be a text, not an empty one")
         if not isinstance(self.multiplexed_model_id, str):
@@ -69,6 +72,8 @@ class HandleOptions:
             extras["timeout_ms"] = math.ceil(self.timeout_s * 1000)
         if self.max_attempts is not None:
             extras["attempts"] = self.max_attempts
+        if self.retry is not None:
+            extras["retry"] = cast(Retry, self.retry).to_json()
         if self.kill_on_cancel:
             extras["kill"] = 1
         if self.when_full == "wait":

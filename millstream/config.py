@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from millstream.errors import BrokerUnavailableError, ConfigError
+from millstream.retry import Retry
 
 # A damaged byte is detected with this key, a forged one is not: DESIGN section 5, invariant 10.
 PUBLIC_KEY = b"millstream: this key is public, it detects damage only"
@@ -180,6 +181,7 @@ class DeploymentConfig:
     max_queued_requests: int | None = None  # waiting in the queue, for all callers together; None: no limit (Ray's -1)
     request_timeout_s: float | None = None  # from submission to result, where the caller sets no timeout_s
     max_attempts: int = 3  # attempts ended by the death of a replica; 1 is Ray's behaviour
+    retry: Retry | None = None  # attempts ended by an exception, counted apart; a number is short for Retry(number)
     result_ttl_s: float = 3600.0
     user_config: Any = None
     health_check_period_s: float = 10.0  # Ray's; between two calls of the user's check_health
@@ -199,6 +201,7 @@ class DeploymentConfig:
             _at_least(self, "request_timeout_s", 0.001)
         _at_least(self, "sync_threads", 1)
         _at_least(self, "max_attempts", 1)
+        object.__setattr__(self, "retry", Retry.of(self.retry))
         _at_least(self, "result_ttl_s", 1)
         _above(self, "health_check_period_s", 0)
         _above(self, "health_check_timeout_s", 0)
@@ -226,6 +229,7 @@ class DeploymentConfig:
         values = json.loads(text)
         if values.get("autoscaling") is not None:
             values["autoscaling"] = AutoscalingConfig(**values["autoscaling"])
+        values["retry"] = Retry.of(values.get("retry"))
         return cls(**values)
 
     def updated(self, options: dict[str, Any]) -> Self:
@@ -238,7 +242,7 @@ IN_PLACE = frozenset(
     {
         "num_replicas", "autoscaling", "max_ongoing_requests", "max_attempts", "result_ttl_s", "user_config",
         "health_check_period_s", "health_check_timeout_s", "graceful_shutdown_timeout_s", "max_queued_requests",
-        "request_timeout_s",
+        "request_timeout_s", "retry",
     }
 )  # fmt: skip
 RESTARTING = frozenset({"sync_threads", "start_method", "resources", "version"})

@@ -199,7 +199,7 @@ def deployment(func_or_class: Callable[..., Any] | None = None, /, **options: An
     """Make a class or function servable. Bare, or with options.
 
     Options: name, num_replicas (a number or "auto"), autoscaling_config, max_ongoing_requests (alias
-    max_concurrent_queries), sync_threads, max_attempts, result_ttl_s, user_config, health_check_period_s,
+    max_concurrent_queries), sync_threads, max_attempts, retry, result_ttl_s, user_config, health_check_period_s,
     health_check_timeout_s, graceful_shutdown_timeout_s, start_method, resources (alias ray_actor_options; num_cpus and
     num_gpus, kept on record: placement does not go by them yet), version. Raises ConfigError, which names the option.
 

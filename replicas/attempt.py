@@ -3,10 +3,24 @@
 from typing import NamedTuple
 
 from millstream.broker import outcomes
+from millstream.retry import Retry
 
 # Fields of an entry that only say something about it. With any other, it takes more than one step to start.
 SIMPLE = frozenset(
-    {b"ref", b"method", b"reply", b"body", b"want", b"kill", b"attempt", b"history", b"lane", b"max_attempts"}
+    {
+        b"ref",
+        b"method",
+        b"reply",
+        b"body",
+        b"want",
+        b"kill",
+        b"attempt",
+        b"history",
+        b"lane",
+        b"max_attempts",
+        b"retry",
+        b"retries",
+    }
 )
 
 
@@ -34,6 +48,16 @@ class Attempt(NamedTuple):
     def supplied(self) -> dict[str, bytes]:
         """ref id -> stored value, of the refs among its arguments."""
         return {name[4:].decode(): value for name, value in self.more.items() if name[:4] == b"dep:"}
+
+    @property
+    def retries(self) -> int:
+        """How many of its attempts have ended because its code raised."""
+        return int(self.more.get(b"retries", b"0"))
+
+    @property
+    def retry(self) -> Retry | None:
+        """What its caller says about trying it again."""
+        return Retry.from_json(self.more[b"retry"]) if b"retry" in self.more else None
 
     def small_values(self) -> dict[str, bytes] | None:
         """As `supplied`, if that is all that is special about the request, and none is large; else None."""

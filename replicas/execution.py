@@ -20,19 +20,21 @@ from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
 from millstream.replicas.producing import Producer
+from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
 
 
 class Running:
     """An attempt that has not ended at once."""
 
-    __slots__ = ("attempt", "future", "is_taken", "job", "request", "since", "timer")
+    __slots__ = ("attempt", "future", "has_begun", "is_taken", "job", "request", "since", "timer")
 
     def __init__(self, attempt: Attempt, request: Request, since: float) -> None:
         self.attempt, self.request, self.since = attempt, request, since
         self.future: asyncio.Future[Any] | None = None
         self.job: Any = None  # of the thread that runs it, if one does
         self.timer: asyncio.TimerHandle | None = None  # of its deadline
+        self.has_begun = True  # its code: what it raises is its own
         self.is_taken = False  # cancelled, timed out or given to another replica: its outcome is nobody's
 
 
@@ -50,10 +52,11 @@ class Executor:
         expiry: Expiry,
         threads: int,
         where: str,
+        retries: Retries,
     ) -> None:
         self._served, self._codec, self._finisher = served, codec, finisher
         self._large, self._emitters, self._where = large, emitters, where
-        self._expiry = expiry
+        self._expiry, self.retries = expiry, retries
         self._result_of = f"a result of {codec.tag}"
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
@@ -108,6 +111,7 @@ class Executor:
     def _start_with_care(self, attempt: Attempt) -> None:
         request = Request(self._codec.tag, attempt.ref)
         running = Running(attempt, request, self._loop.time())
+        running.has_begun = False
         self._follow(running, self._loop.create_task(self._run_with_care(running)))
 
     async def _run_with_care(self, running: Running) -> Any:
@@ -131,6 +135,7 @@ class Executor:
         self._notice(attempt)
         call = functools.partial(method.function, *args, **kwargs)
         del args, kwargs
+        running.has_begun = True
         if attempt.max_ahead is not None:
             return await self._run_stream(running, call, attempt.max_ahead, is_async=method.is_async)
         if method.is_async:
@@ -203,7 +208,7 @@ class Executor:
 
     def holds(self, lane: str, entry: bytes) -> bool:
         """Is this entry running here, or ended here with the server not yet knowing?"""
-        return (lane, entry) in self.running or self._finisher.holds(lane, entry)
+        return (lane, entry) in self.running or self._finisher.holds(lane, entry) or self.retries.holds(lane, entry)
 
     def hand_back_unstarted(self) -> list[tuple[str, bytes]]:
         """Take back what waits for a thread: (lane, entry) of each, which will not run here."""
@@ -225,7 +230,7 @@ class Executor:
         except StopIteration as returned:
             self._succeeded(attempt, returned.value)
         except BaseException as e:
-            self._failed(attempt, e)
+            self._raised(attempt, e)
         else:  # its code cannot suspend, so this is no coroutine of ours
             coroutine.close()
             self._failed(attempt, RuntimeError(f"{method.function!r} suspended where its code cannot"))
@@ -242,13 +247,16 @@ class Executor:
             if not done.cancelled():
                 done.exception()  # retrieved: nobody asks for it
         elif done.cancelled():
-            self._failed(attempt, asyncio.CancelledError())
+            self._raised(attempt, asyncio.CancelledError())
         elif (error := done.exception()) is not None:
-            self._failed(attempt, error)
+            if running.has_begun:
+                self._raised(attempt, error)
+            else:
+                self._failed(attempt, error)
         else:
             result = done.result()
             if isinstance(result, _Raised):
-                self._failed(attempt, result.error)
+                self._raised(attempt, result.error)
             else:
                 self._succeeded(attempt, result)
 
@@ -307,12 +315,18 @@ class Executor:
                 f"{self._result_of} cannot be written as JSON, as its caller wants it: {e}"
             ) from None
 
-    def _failed(self, attempt: Attempt, error: BaseException) -> None:
+    def _raised(self, attempt: Attempt, error: BaseException) -> None:
+        """Its own code raised: it is tried again, if its caller or its deployment wants that, or it has failed."""
+        if not self.retries.takes(attempt, error):
+            self._failed(attempt, error, where=self._where + (f", retry {tried}" if (tried := attempt.retries) else ""))
+
+    def _failed(self, attempt: Attempt, error: BaseException, where: str = "") -> None:
+        where = where or self._where
         if attempt.body[1:2] == b"j":  # a body of any length: it may be what is wrong
-            envelope = self._codec.seal_json("error", attempt.ref, remote_errors.describe(error, where=self._where))
+            envelope = self._codec.seal_json("error", attempt.ref, remote_errors.describe(error, where=where))
         else:
             request = f"{self._codec.tag}~{attempt.ref.decode()}"
-            record = remote_errors.capture(error, where=self._where, request=request)
+            record = remote_errors.capture(error, where=where, request=request)
             envelope = self._codec.seal("error", attempt.ref, record)
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"failed", envelope)
 

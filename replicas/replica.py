@@ -40,6 +40,7 @@ from millstream.replicas.intake import Intake
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Served, build
 from millstream.replicas.orders import Orders, give_up
+from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
 from millstream.replicas.updating import Updater
 
@@ -142,11 +143,12 @@ class Replica:
             expiry=Expiry(self._run, supplier, self._keys, self._clock, self._start_chore),
             threads=config.sync_threads,
             where=f"replica {self._birth.replica}, pid {os.getpid()}",
+            retries=Retries(self._keys, self._birth.replica, config.retry, self._run, self._start_chore),
         )
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
         self._intake = intake = Intake(self._keys, self._birth.replica, executor, served.max_ongoing(config))
-        self._updater = updater = self._make_updater(served, intake, finisher)
+        self._updater = updater = self._make_updater(served, intake, executor, finisher)
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
         housekeeping = asyncio.create_task(self._keep_house(intake, executor))
         updating = asyncio.create_task(updater.run(intake, executor, self._wake_read))
@@ -168,9 +170,10 @@ class Replica:
             # What still runs is cancelled by the end of the loop. That must not reach the server as the request's failure.
             self._hang_up()
 
-    def _make_updater(self, served: Served, intake: Intake, finisher: Finisher) -> Updater:
+    def _make_updater(self, served: Served, intake: Intake, executor: Executor, finisher: Finisher) -> Updater:
         async def apply(current: Current) -> None:
             intake.resize(served.max_ongoing(current.config))
+            executor.retries.rule = current.config.retry
             finisher.ttl_s = self._emitters.ttl_s = int(current.config.result_ttl_s)
             self._record = replace(self._record, revision=current.revision)
             delays = backoff()

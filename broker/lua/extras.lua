@@ -19,7 +19,7 @@ local function finite(value)
   return value and value > -1e15 and value < 1e15 and value or nil
 end
 
--- `text`: "" | "matched" | JSON {want, timeout_ms, attempts, kill, stream, payload}; nil for anything else.
+-- `text`: "" | "matched" | JSON {want, timeout_ms, attempts, retry, kill, stream, payload}; nil for anything else.
 local function read_extras(text)
   if text == '' then return NOTHING end
   if text == 'matched' then return MATCHED end
@@ -56,6 +56,7 @@ local function extra_fields(ref, extras)
   end
   if extras.want then add('want', extras.want) end
   if extras.attempts then add('max_attempts', extras.attempts) end
+  if extras.retry then add('retry', extras.retry) end
   if extras.kill then add('kill', 1) end
   if extras.stream then add('stream', extras.stream) end
   return fields

@@ -2,7 +2,7 @@
 -- release: running -> queued (next attempt, in `returned`) | dead; what one dead replica holds in one lane, 100 at a time.
 -- When nothing is left its consumer is deleted. Twice is as once.
 -- KEYS  1 lane  2 returned  3 open  4 notes  5 result prefix  6 reply prefix  7 dead  8 config  9 lease  10 deadlines
---       11 holds  12 payload prefix
+--       11 holds  12 payload prefix  13 status
 -- ARGV  1 lane name  2 replica  3 cause  4 "died" (seen by its parent) | "expired" (only while it has no lease)
 -- reply {"alive"} | {"released", requeued, buried, more, {ref, waiter, ...}}
 if ARGV[4] == 'expired' and redis.call('EXISTS', KEYS[9]) == 1 then return { 'alive' } end
@@ -10,9 +10,10 @@ local lane, lane_name, replica = KEYS[1], ARGV[1], ARGV[2]
 local limits = redis.call('HMGET', KEYS[8], 'max_attempts', 'result_ttl_s')
 local open, notes, results, replies = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local deadlines, holds, payloads = KEYS[10], KEYS[11], KEYS[12]
-local DEAD_PAYLOAD_S = 7 * 24 * 3600 -- large arguments of a dead letter are kept a week, to be looked at or sent again
+local dead, status = KEYS[7], KEYS[13]
 local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
 --include ending
+--include dead
 local time = redis.call('TIME')
 local cause = { replica = replica, cause = ARGV[3], at_ms = time[1] * 1000 + math.floor(time[2] / 1000) }
 
@@ -55,13 +56,14 @@ for _, row in ipairs(pending) do
   else
     local request = take(entry)
     next_attempt(request)
+    local deaths = request.attempt - 1 - (tonumber(request.retries) or 0) -- what its code raised is counted apart
     -- Without a ref it is no request: kept to be looked at.
-    if not request.ref or request.attempt > (tonumber(request.max_attempts) or max_attempts) then
+    if not request.ref or deaths >= (tonumber(request.max_attempts) or max_attempts) then
       request.attempt = cause.attempt
-      add(KEYS[7], request, 'MAXLEN', '~', 10000, '*')
+      add(dead, request, '*')
       if request.ref then
         conclude(request.ref, request.reply or '', 'dead ' .. lane_name .. ' ' .. entry, request.history, true)
-        if request.payload then redis.call('EXPIRE', payloads .. request.ref, DEAD_PAYLOAD_S) end
+        if request.payload then redis.call('EXPIRE', payloads .. request.ref, DEAD_KEPT_S) end
       end
       buried = buried + 1
     else
@@ -72,6 +74,7 @@ for _, row in ipairs(pending) do
   end
 end
 publish()
+if buried > 0 then bound_dead(cause.at_ms) end
 local more = #pending == 100 and 1 or 0
 if more == 0 then redis.call('XGROUP', 'DELCONSUMER', lane, 'replicas', replica) end
 return { 'released', requeued, buried, more, waiters }

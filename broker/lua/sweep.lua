@@ -2,12 +2,15 @@
 -- sweep: delayed -> queued where due; names parked requests to look after, replicas without a lease, requests past their
 -- deadline, and large values to keep. Bounded, idempotent.
 -- KEYS  1-4 lanes  5 replicas  6 due  7 parked  8 open  9 held  10 lane prefix  11 lease prefix  12 deadlines  13 holds
---       14 supplied prefix
+--       14 supplied prefix  15 dead  16 status
 -- ARGV  1 at most so many  2 repair_after_ms  3 renew_holds_after_ms  4 cursor in the holds
 -- reply {promoted, {{ref, ref id it misses, ...}, ...}, {replica without lease, ...}, {overdue ref, ...},
 --        {next cursor, {key, ...}}}
 local open, held, supplied_prefix, lane_prefix, due, limit = KEYS[8], KEYS[9], KEYS[14], KEYS[10], KEYS[6], ARGV[1]
 --include waking
+local dead, status = KEYS[15], KEYS[16]
+--include dead
+bound_dead(now_ms)
 
 local ENOUGH = 500 -- fields to look at: each costs 8 us here, and a round trip of the sweeper if its value is missing
 local stuck, looked_at = {}, 0

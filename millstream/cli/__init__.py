@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from millstream import __version__
-from millstream.cli import doctor, operate, processes, requests, run
+from millstream.cli import dead, doctor, operate, processes, requests, run
 from millstream.errors import DeployFailedError, MillstreamError, TaskError
 
 
@@ -39,7 +39,7 @@ def version() -> None:
 
 
 for _command in (
-    run.run, run.deploy, operate.status, operate.scale, requests.call, requests.ref, doctor.doctor,
+    run.run, run.deploy, operate.status, operate.scale, requests.call, requests.ref, dead.dead, doctor.doctor,
     operate.delete, operate.shutdown, processes.launcher, processes.autoscaler, processes.dashboard,
 ):  # fmt: skip
     commands.add_command(_command)

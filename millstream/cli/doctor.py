@@ -260,7 +260,12 @@ async def _deployments(registry: "Registry") -> list[Finding]:
     findings = [finding for view in views if (finding := replicas(view)) is not None]
     for view in views:
         if dead := await registry.dead_count(view.tag):
-            findings.append(doubtful("dead letters", f"{view.tag} has {dead}: requests whose attempts are used up"))
+            findings.append(
+                doubtful(
+                    "dead letters",
+                    f"{view.tag} has {dead}: requests whose attempts are used up; `millstream dead list` shows them",
+                )
+            )
     if views and all(finding.verdict is Verdict.GOOD for finding in findings):
         findings.append(good("deployments", f"{counted(len(views), 'deployment')}, all with the replicas they need"))
     return findings or [good("deployments", "nothing is deployed")]

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SHOWN_BYTES = 1_000_000  # of a value; a larger one is not fetched for a look
 LOOK_S = 0.1  # while waiting for a request's end
-TERMINAL = ("succeeded", "failed", "dead")
 
 
 # call
@@ -145,6 +144,7 @@ async def _look(registry: "Registry", ref_id: str, wait_s: float | None) -> "tup
     import anyio
 
     from millstream.broker.lookup import view_request
+    from millstream.broker.states import TERMINAL
 
     deadline = time.monotonic() + (wait_s or 0.0)
     while True:
@@ -164,6 +164,7 @@ async def _outcome(registry: "Registry", view: "RequestView") -> dict[str, str]:
     from millstream.broker.keys import split_ref
     from millstream.broker.lookup import read_stored
     from millstream.broker.outcomes import open_stored
+    from millstream.broker.states import TERMINAL
     from millstream.errors import TaskError
 
     if view.state not in TERMINAL:

@@ -30,6 +30,7 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.batching import batch
 from millstream.replicas.context import ReplicaContext, get_replica_context
 from millstream.replicas.multiplexing import get_multiplexed_model_id, multiplexed
+from millstream.retry import Retry
 from millstream.runtime import ensure_local, ensure_running, owns_processes, trouble, with_registry
 from millstream.runtime import shutdown as _shutdown
 from millstream.serve import config, exceptions, handle  # noqa: F401 - `serve.exceptions` is there, as in Ray
@@ -46,6 +47,7 @@ __all__ = [
     "ReplicaContext",
     "ReplicaStatus",
     "Request",
+    "Retry",
     "ServeStatus",
     "SyncHandle",
     "batch",

@@ -8,7 +8,7 @@ import pytest
 from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.scripts import Ended, Finished, Forestalled, Submitted, Supplied
+from millstream.broker.scripts import Ended, Finished, Forestalled, Requeued, Submitted, Supplied
 from millstream.broker.states import TERMINAL, TRANSITIONS, Event, State
 from tests.helpers import (
     BODY,
@@ -82,9 +82,10 @@ async def test_transition_not_in_the_table_is_refused_and_changes_nothing(
     assert await read_everything(redis) == before
 
 
-def test_every_state_can_be_reached_and_only_terminal_ones_have_no_way_out() -> None:
+def test_every_state_can_be_reached_and_the_only_way_out_of_a_terminal_one_is_an_operators() -> None:
     assert set(TRANSITIONS.values()) == set(State)
-    assert {state for state, _ in TRANSITIONS} == {None, *State} - TERMINAL
+    assert {(state, event) for state, event in TRANSITIONS if state in TERMINAL} == {(State.DEAD, Event.REQUEUE)}
+    assert {state for state, _ in TRANSITIONS} == {None, State.DEAD, *State} - (TERMINAL - {State.DEAD})
 
 
 async def seed(redis: Control, keys: DeploymentKeys, state: State | None) -> Subject:
@@ -150,6 +151,13 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
             before = await redis.hlen(keys.open)
             await run(redis, scripts.discard(keys, "0", 60, "deleted", running=True))
             return before - await redis.hlen(keys.open)
+        case Event.RETRY:
+            failure = (entry, ref, 1000, '{"replica": "r-1", "cause": "raised ValueError"}')
+            return await run(redis, scripts.retry(keys, lane, failure))
+        case Event.REQUEUE:
+            letters: Any = await redis.xrange(keys.dead)
+            entries = [entry.decode() for entry, fields in letters if fields[b"ref"].decode() == ref]
+            return await run(redis, scripts.requeue(keys, entries or ["1-1"]))
         case Event.FORESTALL:
             return await run(redis, scripts.forestall(keys, ref, 60, "its caller cancelled it"))
         case Event.SUCCEED | Event.FAIL:
@@ -173,6 +181,10 @@ def refusal(state: State | None, event: Event) -> Any:
             return []
         case Event.CANCEL | Event.EXPIRE:
             return [Ended.GONE]
+        case Event.RETRY:
+            return [0]
+        case Event.REQUEUE:
+            return [Requeued.GONE]
         case Event.FORESTALL:
             return Forestalled.ENDED if state in TERMINAL else Forestalled.OPEN
         case Event.RELEASE | Event.BURY:
