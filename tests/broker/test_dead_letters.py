@@ -157,7 +157,7 @@ async def test_large_arguments_are_kept_and_go_with_the_end(
 ) -> None:
     ref = "p" * 22
     await deploy_config(redis, keys, max_attempts=1)
-    await redis.rpush(keys.payload(ref), b"pieces")  # type: ignore[misc]
+    await redis.rpush(keys.payload(ref), b"pieces")
     await run(redis, scripts.submit(keys, "caller", request(ref, lane="low", extras=asking(payload=6), body=b"")))
     await claim(redis, keys)
     await release(redis, keys, "low")
@@ -178,7 +178,7 @@ async def test_letter_whose_large_arguments_have_expired_cannot_be_sent(
 ) -> None:
     ref = "q" * 22
     await deploy_config(redis, keys, max_attempts=1)
-    await redis.rpush(keys.payload(ref), b"pieces")  # type: ignore[misc]
+    await redis.rpush(keys.payload(ref), b"pieces")
     await run(redis, scripts.submit(keys, "caller", request(ref, lane="low", extras=asking(payload=6), body=b"")))
     await claim(redis, keys)
     await release(redis, keys, "low")
@@ -222,7 +222,7 @@ async def test_dropped_letters_are_gone_with_their_arguments_and_their_results_s
 ) -> None:
     one, other = await bury(redis, keys, 2)
     await redis.xadd(keys.dead, {"ref": "r" * 22, "method": "m", "body": "", "payload": "6"})
-    await redis.rpush(keys.payload("r" * 22), b"pieces")  # type: ignore[misc]
+    await redis.rpush(keys.payload("r" * 22), b"pieces")
     letters = await read_letters(registry)
 
     assert await dead_letters.drop(registry, letters[:2]) == 2
@@ -238,7 +238,7 @@ async def test_arguments_that_a_new_request_uses_are_not_dropped(
 ) -> None:
     (one,) = await bury(redis, keys)
     await redis.xadd(keys.dead, {"ref": one.ref, "method": "m", "body": "", "payload": "6"})
-    await redis.rpush(keys.payload(one.ref), b"pieces")  # type: ignore[misc]
+    await redis.rpush(keys.payload(one.ref), b"pieces")
     await redis.delete(keys.result(one.ref))
     await run(redis, scripts.submit(keys, "caller", request(one.ref, extras=asking(payload=6), body=b"")))
 
