@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("broker", "handles", "replicas", "autoscaler", "dashboard")
-BASE = ("millstream.errors", "millstream.config", "millstream.clock")
+BASE = ("millstream.errors", "millstream.retry", "millstream.config", "millstream.clock")
 
 # "base" lies below everything; "front" is the rest of `millstream/`, which joins the parts.
 MAY_IMPORT = {

@@ -36,7 +36,7 @@ FILES = {
 }
 INCLUDED = {name for text in FILES.values() for name in re.findall(r"^--include (\w+)", text, re.MULTILINE)}
 SCRIPTS = sorted(FILES.keys() - INCLUDED)
-ADDS_TO_THE_LOAD = {"submit", "hold", "deploy"}
+ADDS_TO_THE_LOAD = {"submit", "hold", "deploy", "requeue"}
 
 Runner = Callable[[Call[Any]], Awaitable[Any]]
 

@@ -18,7 +18,7 @@ import redis
 
 import millstream
 from millstream import serve
-from millstream.broker import scripts
+from millstream.broker import control_scripts, scripts
 from millstream.broker.call import Call
 from millstream.broker.codec import Codec
 from millstream.broker.connection import Control, run
@@ -229,12 +229,15 @@ def mistaken(rows: list[Row], seen: dict[str, tuple[str, bool]]) -> list[str]:
 async def test_fields_of_an_entry_are_those_on_the_page(redis: Control, keys: DeploymentKeys) -> None:
     await deploy_config(redis, keys)
     await redis.set(keys.payload("r" * 22), b"arguments", px=60_000)
-    extras = asking(want="matched", timeout_ms=60_000, attempts=2, kill=True, stream=4, payload=True)
+    extras = asking(want="matched", timeout_ms=60_000, attempts=2, kill=True, stream=4, payload=True, retry="{}")
     call = scripts.hold(
         keys, CALLER, b"r" * 22, "low", b"m", b"", extras=extras.encode(), depends_on=["up.Up~" + "u" * 22]
     )
     await run(redis, call)
     await run(redis, scripts.supply(keys, "r" * 22, "up.Up~" + "u" * 22, b"value"))
+    (one,) = await claim(redis, keys)
+    await run(redis, scripts.retry(keys, "low", [one.entry, one.ref, 0, "{}"]))
+    await run(redis, control_scripts.sweep(keys))
     await claim(redis, keys)
     await run(redis, scripts.release(keys, "low", REPLICA, "killed", expired=False))
 
