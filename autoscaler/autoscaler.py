@@ -35,6 +35,7 @@ class Autoscaler:
         self._run = partial(run, self._client)
         self._registry = Registry(self._client, settings)
         self._sweeper = Sweeper(settings, self._run, self._client.execute_command)
+        self._tick_ms = int(min(TICK_S, self._sweeper.lease.look_every_s) * 1000)
         self._histories: dict[str, History] = {}
         self._memories: dict[str, Memory] = {}
         self._last_change = "0-0"
@@ -133,7 +134,7 @@ class Autoscaler:
             if view.target == 0 and is_scaled(view.config, view.override):
                 lanes = self._registry.keys_of(view.tag).lanes
                 streams.update(zip(lanes, view.backlog.last_ids, strict=True))
-        for name, entries in await self._client.xread(streams, block=int(TICK_S * 1000)) or ():
+        for name, entries in await self._client.xread(streams, block=self._tick_ms) or ():
             if name.decode() == self._registry.keys.changes:
                 self._last_change = entries[-1][0].decode()
 

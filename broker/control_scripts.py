@@ -1,7 +1,7 @@
 """The Lua scripts about deployments, replicas and those who look after them; as `scripts` has those that move requests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +26,7 @@ class Swept:
     overdue: list[bytes]  # refs past their deadline
     keep: list[str]  # keys of large values that open requests will read
     holds_cursor: bytes  # for the next sweep
+    now_ms: int = field(default=0, compare=False)  # on the server's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ def sweep(keys: DeploymentKeys, holds_cursor: bytes = b"0") -> Call[Swept]:
             reply[3],
             [key.decode() for key in reply[4][1]],
             reply[4][0],
+            int(reply[5]),
         ),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The sweeper everybody runs: due delays, parked requests to repair, replicas whose lease expired. Bounded, idempotent.
 
-Nothing is taken over by lease until this sweeper's own connection has been unbroken for a full lease: an outage of the
-server must not look like the death of everyone.
+Nothing is taken over by lease until this sweeper has watched for a full lease, over an unbroken connection and without a
+gap by the server's clock: an outage or a standstill of the server must not look like the death of everyone.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any
 
 from millstream.broker import control_scripts, scripts
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.lease import Lease
 from millstream.broker.outcomes import ENDED_TTL_S, OVERDUE
 from millstream.broker.records import ReplicaRecord
 from millstream.broker.supplying import Run, Supplier
 from millstream.config import Settings
 
-LEASE_S = 5.0
 Ask = Callable[..., Awaitable[Any]]  # one command: `Link.ask`, or `execute_command` of a redis-py client
 log = logging.getLogger("millstream.sweeper")
 
@@ -31,14 +31,14 @@ class Sweeper:
         run: Run,
         ask: Ask,
         *,
-        lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._ask = run, ask
-        self._lease_s, self._clock = lease_s, clock
+        self.lease, self._clock = Lease.of(settings), clock
         self._keys = Keys(settings.namespace)
         self._supplier = Supplier(settings, run)
         self._unbroken_since: float | None = None
+        self._looked_ms: float | None = None  # on the server's clock
         self._holds_cursors: dict[str, bytes] = {}
 
     def connection_was_broken(self) -> None:
@@ -50,6 +50,7 @@ class Sweeper:
         keys = self._keys.deployment(tag)
         swept = await self._run(control_scripts.sweep(keys, self._holds_cursors.get(tag, b"0")))
         self._holds_cursors[tag] = swept.holds_cursor
+        self._note_gap(swept.now_ms)
         for ref, missing in swept.stuck:
             for ref_id in missing:
                 await self._supplier.watch(f"{tag}~{ref.decode()}", ref_id)
@@ -65,10 +66,16 @@ class Sweeper:
         _, waiters = await self._run(scripts.cancel(keys, ENDED_TTL_S, OVERDUE, refs, overdue=True))
         await self._supplier.supply_all(keys.tag, waiters)
 
+    def _note_gap(self, now_ms: int) -> None:
+        """A server that stood still, or a host that slept, has let leases expire that nobody could renew."""
+        if self._looked_ms is not None and now_ms - self._looked_ms > self.lease.most_unwatched_s * 1000:
+            self.connection_was_broken()
+        self._looked_ms = now_ms
+
     def _has_watched_for_a_lease(self) -> bool:
         if self._unbroken_since is None:
             self._unbroken_since = self._clock()
-        return self._clock() - self._unbroken_since >= self._lease_s
+        return self._clock() - self._unbroken_since >= self.lease.seconds
 
 
 async def bury(

@@ -12,6 +12,7 @@ from millstream.retry import Retry
 
 # A damaged byte is detected with this key, a forged one is not: DESIGN section 5, invariant 10.
 PUBLIC_KEY = b"millstream: this key is public, it detects damage only"
+LEASE_S = 5.0
 STATE_FOLDER = ".millstream"
 ADVERT = "server.json"  # in the state folder: where the embedded server listens, and its secret (mode 0600)
 
@@ -23,6 +24,7 @@ class Settings:
     url: str
     namespace: str = "ms"
     secret_key: bytes = field(default=PUBLIC_KEY, repr=False)
+    lease_s: float = LEASE_S  # who has not been heard of for so long is taken for dead
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("redis://", "rediss://", "unix://")):
@@ -35,6 +37,8 @@ class Settings:
             raise ConfigError(
                 f"secret_key has {len(self.secret_key)} bytes, must have 1 to 64; for a longer one use its SHA-256"
             )
+        if isinstance(self.lease_s, bool) or not isinstance(self.lease_s, int | float) or not 1 <= self.lease_s <= 3600:
+            raise ConfigError(f"lease_s={self.lease_s!r} must be a number of seconds, from 1 to 3600")
 
     def __repr__(self) -> str:
         return f"Settings(url={redact(self.url)!r}, namespace={self.namespace!r}, secret_key=<hidden>)"
@@ -50,6 +54,7 @@ class Settings:
             "MILLSTREAM_URL": self.url,
             "MILLSTREAM_NAMESPACE": self.namespace,
             "MILLSTREAM_SECRET_KEY": "" if self.is_public else self.secret_key.hex(),
+            "MILLSTREAM_LEASE_S": f"{self.lease_s:g}",
         }
 
 
@@ -80,7 +85,7 @@ def find_settings(
     strict: bool | None = None,
     state: str | os.PathLike[str] | None = None,
 ) -> Settings:
-    """Arguments first, then MILLSTREAM_URL, _NAMESPACE, _SECRET_KEY, then the server advertised in the state folder.
+    """Arguments first, then MILLSTREAM_URL, _NAMESPACE, _SECRET_KEY (and MILLSTREAM_LEASE_S), then the server advertised in the state folder.
 
     Raises BrokerUnavailableError when no server is named anywhere, ConfigError when `strict` and no secret is set.
     """
@@ -94,12 +99,22 @@ def find_settings(
             )
         # Not the environment's secret: that belongs to the environment's URL, and the folder's data bears the folder's.
         url, secret = advert["url"], secret_key or advert["secret_key"]
-    found = Settings(url, namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms", parse_secret(secret))
+    namespace = namespace or os.environ.get("MILLSTREAM_NAMESPACE") or "ms"
+    found = Settings(url, namespace, parse_secret(secret), find_lease_s())
     if strict is None:
         strict = os.environ.get("MILLSTREAM_STRICT", "") not in ("", "0")
     if strict and found.is_public:
         raise ConfigError("strict=True but no secret is set: pass secret_key= or set MILLSTREAM_SECRET_KEY")
     return found
+
+
+def find_lease_s() -> float:
+    """MILLSTREAM_LEASE_S, or the default. ConfigError."""
+    text = os.environ.get("MILLSTREAM_LEASE_S") or LEASE_S
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"MILLSTREAM_LEASE_S={text!r} must be a number of seconds") from None
 
 
 def state_folder(state: str | os.PathLike[str] | None = None) -> Path:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from millstream.config import ADVERT, Settings, parse_secret, read_advert
+from millstream.config import ADVERT, Settings, find_lease_s, parse_secret, read_advert
 from millstream.errors import BrokerUnavailableError
 
 START_TIMEOUT_S = 10.0  # until it answers; loading its data may then take as long as it takes
@@ -77,7 +77,8 @@ def start(folder: Path | None, namespace: str = "ms", meanwhile: Callable[[], ob
     lock = _lock(folder)
     try:
         password, port = secrets.token_hex(16), _free_port()
-        settings = Settings(f"redis://:{password}@127.0.0.1:{port}/0", namespace, parse_secret(_kept_secret(folder)))
+        url, secret = f"redis://:{password}@127.0.0.1:{port}/0", parse_secret(_kept_secret(folder))
+        settings = Settings(url, namespace, secret, find_lease_s())
         _write_privately(folder / "server.conf", _configuration(folder, port, password, is_temporary))
         command = [sys.executable, "-I", "-S", GUARD, str(binary), str(folder), str(lock)]
         guard = subprocess.Popen(

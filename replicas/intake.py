@@ -7,11 +7,9 @@ from typing import Any
 from millstream.broker import scripts
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys
 from millstream.broker.link import Link
-from millstream.broker.sweeper import LEASE_S
 from millstream.replicas.attempt import read_entry
 from millstream.replicas.execution import Executor
 
-BLOCK_MS = int(LEASE_S * 1000 / 2)  # at most half a lease: a dead replica's blocked read must not outlive its burial
 DIRECT_READS = 3  # of a deep lane, between two looks at all lanes: what is returned or urgent waits no longer than that
 FEW, ONE_BY_ONE = 3, 4  # after more idle claims than that, so many are taken one by one
 log = logging.getLogger("millstream.replica")
@@ -20,9 +18,11 @@ log = logging.getLogger("millstream.replica")
 class Intake:
     """Claims over a connection of its own, so that a blocking read delays nothing else."""
 
-    def __init__(self, keys: DeploymentKeys, replica: str, executor: Executor, max_ongoing: int) -> None:
+    def __init__(
+        self, keys: DeploymentKeys, replica: str, executor: Executor, max_ongoing: int, block_s: float
+    ) -> None:
         self._keys, self._replica = keys, replica
-        self._executor = executor
+        self._executor, self._block_ms = executor, int(block_s * 1000)
         # Half of the slots at a time: while one half runs, the claim of the other is in the air.
         self.resize(max_ongoing)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
@@ -124,7 +124,7 @@ class Intake:
 
     async def _block(self, reads: Link) -> list[Any]:
         """Wait in the server for the next request; up to one per lane may come at once."""
-        command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS")
+        command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 1, "BLOCK", self._block_ms, "STREAMS")
         return await reads.ask(*command, *self._keys.lanes, *[">"] * len(LANES)) or []
 
     async def _within_slots(self, claimed: list[Any], writes: Link) -> list[Any]:

@@ -21,10 +21,11 @@ from anyio.abc import TaskGroup
 from millstream.broker import control_scripts
 from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
+from millstream.broker.lease import Lease
 from millstream.broker.records import Planned
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
-from millstream.broker.sweeper import LEASE_S, Sweeper, bury
+from millstream.broker.sweeper import Sweeper, bury
 from millstream.config import DeploymentConfig, Settings
 from millstream.replicas.control import Control
 from millstream.replicas.membership import Membership
@@ -43,16 +44,16 @@ T = TypeVar("T")
 class Launcher:
     """`run()` until `stop()`; then everything drains."""
 
-    def __init__(self, settings: Settings, node: str | None = None, *, lease_s: float = LEASE_S) -> None:
-        self._settings, self._lease_s = settings, lease_s
+    def __init__(self, settings: Settings, node: str | None = None) -> None:
+        self._settings, self._lease = settings, Lease.of(settings)
         self.node = check_name("node", node) if node else f"{socket.gethostname().split('.')[0]}-{secrets.token_hex(2)}"
         self._client: Any = open_control(settings, f"ms:launcher:{self.node}")
         self._run = partial(run, self._client)
         self._ask = self._client.execute_command
         self._registry = Registry(self._client, settings)
-        self._membership = Membership(self._registry, self._run, self.node, lease_s)
+        self._membership = Membership(self._registry, self._run, self.node, self._lease.ttl_s)
         self._supplier = Supplier(settings, self._run)
-        self._sweeper = Sweeper(settings, self._run, self._ask, lease_s=lease_s)
+        self._sweeper = Sweeper(settings, self._run, self._ask)
         self._parents = Parents(settings)
         self._starts = Starts()
         self._replicas: dict[str, ReplicaProcess] = {}
@@ -109,11 +110,11 @@ class Launcher:
         while True:
             await self._membership.renew(self._replicas.values())
             self._outage.ended()
-            await anyio.sleep(self._lease_s / 3)
+            await anyio.sleep(self._lease.renew_every_s)
 
     async def _sweep_loop(self) -> None:
         while True:
-            await anyio.sleep(random.uniform(0.8, 1.2))
+            await anyio.sleep(self._lease.look_every_s * random.uniform(0.8, 1.2))
             for record in (await self._registry.apps()).values():
                 for tag in record.all_tags:
                     await self._sweeper.step(tag)

@@ -16,8 +16,8 @@ from millstream.replicas.process import ReplicaProcess
 class Membership:
     """Every method may be repeated, and raises what a lost connection does."""
 
-    def __init__(self, registry: Registry, run: Run, node: str, lease_s: float) -> None:
-        self._registry, self._run, self._node, self._lease_s = registry, run, node, lease_s
+    def __init__(self, registry: Registry, run: Run, node: str, ttl_s: float) -> None:
+        self._registry, self._run, self._node, self._ttl_s = registry, run, node, ttl_s
         self._record = ""  # as it is stored
 
     async def join(self) -> None:
@@ -28,7 +28,7 @@ class Membership:
 
     async def renew(self, replicas: Iterable[ReplicaProcess]) -> None:
         """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
-        await self._run(control_scripts.renew([self._registry.keys.node_lease(self._node)], self._lease_s, self._node))
+        await self._run(control_scripts.renew([self._registry.keys.node_lease(self._node)], self._ttl_s, self._node))
         if self._record:
             await self._run(control_scripts.enlist(self._registry.keys.nodes, self._node, self._record))
         by_tag: dict[str, list[str]] = {}
@@ -40,7 +40,7 @@ class Membership:
     async def lease(self, tag: str, *replicas: str) -> None:
         """Replicas of one deployment live, for a while."""
         keys = self._registry.keys_of(tag)
-        await self._run(control_scripts.renew([keys.lease(replica) for replica in replicas], self._lease_s, self._node))
+        await self._run(control_scripts.renew([keys.lease(replica) for replica in replicas], self._ttl_s, self._node))
 
     async def enlist(self, process: ReplicaProcess) -> None:
         """A replica was started; what it says of itself goes before this."""

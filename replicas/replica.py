@@ -23,10 +23,11 @@ from millstream.broker.codec import codec_for
 from millstream.broker.connection import Outage, backoff
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.broker.keys import Keys
+from millstream.broker.lease import Lease
 from millstream.broker.link import Link, dial
 from millstream.broker.records import Current, ReplicaRecord
 from millstream.broker.supplying import Supplier
-from millstream.broker.sweeper import LEASE_S, Sweeper, bury
+from millstream.broker.sweeper import Sweeper, bury
 from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import BrokerUnavailableError
@@ -67,6 +68,7 @@ class Replica:
 
     def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Overseer) -> None:
         self._settings, self._birth, self._definition, self._control = settings, birth, definition, control
+        self._lease = Lease.of(settings)
         self._keys = Keys(settings.namespace).deployment(birth.tag)
         self._record = ReplicaRecord(
             birth.replica, birth.node, os.getpid(), birth.version, "STARTING", int(time.time() * 1000),
@@ -147,7 +149,9 @@ class Replica:
         )
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
-        self._intake = intake = Intake(self._keys, self._birth.replica, executor, served.max_ongoing(config))
+        self._intake = intake = Intake(
+            self._keys, self._birth.replica, executor, served.max_ongoing(config), self._lease.block_s
+        )
         self._updater = updater = self._make_updater(served, intake, executor, finisher)
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
         housekeeping = asyncio.create_task(self._keep_house(intake, executor))
@@ -262,13 +266,14 @@ class Replica:
         )
 
     async def _renew_lease(self) -> None:
-        await self._run(control_scripts.renew([self._keys.lease(self._birth.replica)], LEASE_S, self._birth.replica))
+        lease, ttl_s = self._keys.lease(self._birth.replica), self._lease.ttl_s
+        await self._run(control_scripts.renew([lease], ttl_s, self._birth.replica))
 
     async def _keep_house(self, intake: Intake, executor: Executor) -> None:
-        """Once a second: sweep our deployment, and tell the launcher that we are well (if the server answers us)."""
+        """Once a second or more often, by the lease: sweep our deployment, and tell the launcher that we are well (if the server answers us)."""
         sweeper = Sweeper(self._settings, self._run, self._ask)
         while True:
-            await asyncio.sleep(HOUSEKEEPING_S * random.uniform(0.8, 1.2))
+            await asyncio.sleep(min(HOUSEKEEPING_S, self._lease.look_every_s) * random.uniform(0.8, 1.2))
             try:
                 await sweeper.step(self._birth.tag)
                 await self._clock.set(self._ask)

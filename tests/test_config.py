@@ -66,6 +66,19 @@ def test_secret_of_an_unusable_length_is_refused_unseen(secret: bytes) -> None:
     assert "xxx" not in str(caught.value)
 
 
+@pytest.mark.parametrize("lease_s", [0.5, 7200, float("nan"), True, "5"])
+def test_lease_of_an_unusable_length_is_refused(lease_s: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a number of seconds, from 1 to 3600"):
+        Settings(URL, lease_s=lease_s)
+
+
+def test_lease_of_the_environment_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLSTREAM_LEASE_S", "soon")
+
+    with pytest.raises(ConfigError, match="MILLSTREAM_LEASE_S='soon' must be a number of seconds"):
+        find_settings(URL)
+
+
 def test_repr_hides_password_and_secret() -> None:
     text = repr(Settings(URL, secret_key=b"top secret"))
 
@@ -74,7 +87,7 @@ def test_repr_hides_password_and_secret() -> None:
 
 
 def test_child_process_finds_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for settings in (Settings(URL, "other", b"\x00\xff secret"), Settings(URL)):
+    for settings in (Settings(URL, "other", b"\x00\xff secret", lease_s=1.5), Settings(URL)):
         for name, value in settings.to_environment().items():
             monkeypatch.setenv(name, value)
 

@@ -5,7 +5,7 @@
 --       14 supplied prefix  15 dead  16 status
 -- ARGV  1 at most so many  2 repair_after_ms  3 renew_holds_after_ms  4 cursor in the holds
 -- reply {promoted, {{ref, ref id it misses, ...}, ...}, {replica without lease, ...}, {overdue ref, ...},
---        {next cursor, {key, ...}}}
+--        {next cursor, {key, ...}}, now_ms}
 local open, held, supplied_prefix, lane_prefix, due, limit = KEYS[8], KEYS[9], KEYS[14], KEYS[10], KEYS[6], ARGV[1]
 --include waking
 local dead, status = KEYS[15], KEYS[16]
@@ -59,4 +59,4 @@ if redis.call('EXISTS', KEYS[13]) == 1 then
   end
 end
 local overdue = redis.call('ZRANGEBYSCORE', KEYS[12], '-inf', now_ms, 'LIMIT', 0, ARGV[1])
-return { #due_now, stuck, without_lease, overdue, { next_cursor, keep } }
+return { #due_now, stuck, without_lease, overdue, { next_cursor, keep }, string.format('%.0f', now_ms) }

@@ -1,13 +1,14 @@
 """The sweeper: takes over by lease only after a full lease of watching, and buries what is dead with all it held."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
 from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
-from millstream.broker.control_scripts import renew
+from millstream.broker.control_scripts import Swept, renew
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
 from millstream.broker.records import ReplicaRecord
@@ -50,7 +51,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def sweeper(redis: Control, settings: Settings, clock: Clock) -> Sweeper:
-    return Sweeper(settings, lambda call: run(redis, call), redis.execute_command, lease_s=LEASE_S, clock=clock)
+    return Sweeper(settings, lambda call: run(redis, call), redis.execute_command, clock=clock)
 
 
 async def register(redis: Control, keys: DeploymentKeys, *connections: int) -> None:
@@ -194,6 +195,32 @@ async def test_break_of_our_own_connection_starts_the_watch_over(
     await sweeper.step(keys.tag)
 
     assert await read_state(redis, keys, one.ref) == State.RUNNING
+
+
+@pytest.mark.fake
+async def test_gap_by_the_servers_clock_starts_the_watch_over(
+    redis: Control, settings: Settings, keys: DeploymentKeys, clock: Clock
+) -> None:
+    """A server that stood still, or a host that slept, has let all leases expire at once."""
+    ahead_ms = 0
+
+    async def run_then(call: Any) -> Any:
+        answer = await run(redis, call)
+        return replace(answer, now_ms=answer.now_ms + ahead_ms) if isinstance(answer, Swept) else answer
+
+    sweeper = Sweeper(settings, run_then, redis.execute_command, clock=clock)
+    await deploy_config(redis, keys)
+    await sweeper.step(keys.tag)
+    clock.now_s += LEASE_S
+    (one,) = await seed_running(redis, keys)
+
+    ahead_ms = int(LEASE_S * 500) + 100
+    await sweeper.step(keys.tag)
+    before = await read_state(redis, keys, one.ref)
+    clock.now_s += LEASE_S
+    await sweeper.step(keys.tag)
+
+    assert (before, await read_state(redis, keys, one.ref)) == (State.RUNNING, State.QUEUED)
 
 
 @pytest.mark.fake

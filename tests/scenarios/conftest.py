@@ -18,7 +18,7 @@ from tests.scenarios.processes import descendants, wait_for_end
 def own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A directory without a server in it; at the end everything that was started is gone."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MILLSTREAM_URL", "MILLSTREAM_SECRET_KEY", "MILLSTREAM_NAMESPACE"):
+    for name in ("MILLSTREAM_URL", "MILLSTREAM_SECRET_KEY", "MILLSTREAM_NAMESPACE", "MILLSTREAM_LEASE_S"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     before = descendants(os.getpid())
