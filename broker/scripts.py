@@ -262,8 +262,8 @@ def finish(
 
 
 def retry(keys: DeploymentKeys, lane: str, failures: Sequence[Any]) -> Call[list[int]]:
-    """`failures`: flat entry id, ref, delay_ms, how the attempt ended (JSON: replica, cause). Answers the positions of
-    those that the attempt does not own any more."""
+    """`failures`: flat entry id, ref, delay_ms, how the attempt ended (JSON: replica, cause; "" if it did not begin, which
+    is none). Answers the positions of those that the attempt does not own any more."""
     return Call(
         script("retry"),
         (keys.lane(lane), keys.open, keys.held, keys.due, keys.supplied_prefix),

@@ -32,6 +32,7 @@ class Event(StrEnum):
     PROMOTE = "promote"  # its time has come (sweep)
     CLAIM = "claim"  # a replica takes it
     RETRY = "retry"  # its code raised, and is to be tried again after a pause: next attempt
+    POSTPONE = "postpone"  # the replica does not know the method, and one of another version may: no attempt
     HAND_BACK = "hand_back"  # the replica did not start it and gives it back: no attempt
     RELEASE = "release"  # its replica is dead: next attempt, in the lane `returned`
     BURY = "bury"  # its replica is dead and its attempts are used up
@@ -56,6 +57,7 @@ TRANSITIONS: dict[tuple[State | None, Event], State] = {
     (State.DELAYED, Event.PROMOTE): State.QUEUED,
     (State.QUEUED, Event.CLAIM): State.RUNNING,
     (State.RUNNING, Event.RETRY): State.DELAYED,
+    (State.RUNNING, Event.POSTPONE): State.DELAYED,
     (State.RUNNING, Event.HAND_BACK): State.QUEUED,
     (State.RUNNING, Event.RELEASE): State.QUEUED,
     (State.RUNNING, Event.BURY): State.DEAD,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from millstream.errors import DeployFailedError as DeployFailedError
     from millstream.errors import DeploymentNotFoundError as DeploymentNotFoundError
     from millstream.errors import GetTimeoutError as GetTimeoutError
+    from millstream.errors import MethodNotFoundError as MethodNotFoundError
     from millstream.errors import MillstreamError as MillstreamError
     from millstream.errors import PayloadTooLargeError as PayloadTooLargeError
     from millstream.errors import RefNotFoundError as RefNotFoundError
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 
 _ERRORS = (
     "BackPressureError", "BrokerUnavailableError", "ConfigError", "DeployFailedError", "DeploymentNotFoundError",
-    "GetTimeoutError", "MillstreamError", "PayloadTooLargeError", "RefNotFoundError", "ReplicaDiedError",
+    "GetTimeoutError", "MethodNotFoundError", "MillstreamError", "PayloadTooLargeError", "RefNotFoundError",
+    "ReplicaDiedError",
     "RequestCancelledError", "RequestTimeoutError", "SerializationError", "SignatureError", "TaskError",
 )  # fmt: skip
 _HOMES = {

@@ -9,6 +9,7 @@
     ├── ReplicaDiedError           every attempt ended with the death of its replica
     ├── RefNotFoundError           the ref is unknown or its result has expired
     ├── DeploymentNotFoundError    nothing is deployed under that name
+    ├── MethodNotFoundError        the deployment has no method of that name
     ├── DeployFailedError          the deployment cannot start; carries the constructor's traceback
     ├── SerializationError         a value cannot be pickled; names the attribute path
     ├── SignatureError             bytes were not signed with this installation's secret
@@ -94,6 +95,12 @@ class DeploymentNotFoundError(MillstreamError):
 
     app: str = ""
     deployment: str = ""
+
+
+class MethodNotFoundError(MillstreamError):
+    """The deployment has no such method, in none of the versions that serve or are to come. The message names those it has."""
+
+    method: str = ""
 
 
 class DeployFailedError(MillstreamError):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from millstream.broker import pickling, remote_errors
 from millstream.broker.codec import Codec
 from millstream.broker.pickling import Pickled
-from millstream.errors import MillstreamError, SerializationError
+from millstream.errors import BrokerUnavailableError, MethodNotFoundError, MillstreamError, SerializationError
 from millstream.handles import arguments
 from millstream.handles.context import Request, current
 from millstream.replicas.attempt import SIMPLE, Attempt
@@ -22,6 +22,7 @@ from millstream.replicas.loader import Method, Served
 from millstream.replicas.producing import Producer
 from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
+from millstream.replicas.versions import OtherVersions
 
 
 class Running:
@@ -53,10 +54,11 @@ class Executor:
         threads: int,
         where: str,
         retries: Retries,
+        other_versions: OtherVersions,
     ) -> None:
         self._served, self._codec, self._finisher = served, codec, finisher
         self._large, self._emitters, self._where = large, emitters, where
-        self._expiry, self.retries = expiry, retries
+        self._expiry, self.retries, self._other_versions = expiry, retries, other_versions
         self._result_of = f"a result of {codec.tag}"
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
@@ -74,6 +76,9 @@ class Executor:
             method, args, kwargs, model_id = self._called(attempt, opened)
             if values:
                 args, kwargs = arguments.fill_in(args, kwargs, self._large.open_small(values))
+        except MethodNotFoundError as e:
+            self._not_here(attempt, e)
+            return
         except (ImportError, AttributeError) as e:
             e.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
             self._failed(attempt, e)
@@ -170,6 +175,24 @@ class Executor:
         if b"want" in attempt.more:
             self._finisher.notice(attempt.ref, attempt.client, f"{attempt.lane} ".encode() + attempt.entry)
 
+    def _not_here(self, attempt: Attempt, error: MethodNotFoundError) -> None:
+        """Its method is unknown in this version: while there are others, it is theirs."""
+        running = Running(attempt, Request(self._codec.tag, attempt.ref), self._loop.time())
+        self._follow(running, self._loop.create_task(self._leave_to_others(running, error)))
+
+    async def _leave_to_others(self, running: Running, error: MethodNotFoundError) -> None:
+        try:
+            is_theirs = await self._other_versions.are_there()
+        except BrokerUnavailableError:
+            is_theirs = True  # whoever takes it next asks again
+        if running.is_taken:
+            return
+        running.is_taken = True
+        if is_theirs:
+            self.retries.postpone(running.attempt)
+        else:
+            self._failed(running.attempt, error)
+
     # what others decide
 
     def take_away(self, lane: str, entry: bytes) -> Running | None:
@@ -251,6 +274,8 @@ class Executor:
         elif (error := done.exception()) is not None:
             if running.has_begun:
                 self._raised(attempt, error)
+            elif isinstance(error, MethodNotFoundError):
+                self._not_here(attempt, error)
             else:
                 self._failed(attempt, error)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.config import DeploymentConfig
-from millstream.errors import MillstreamError
+from millstream.errors import MethodNotFoundError
 from millstream.replicas.context import constructed
 from millstream.replicas.hooks import Hooks
 
@@ -38,7 +38,7 @@ class Served:
         self._methods: dict[bytes, Method] = {}
 
     def method(self, name: bytes) -> Method:
-        """Look a method up, once. Raises MillstreamError naming those there are."""
+        """Look a method up, once. Raises MethodNotFoundError naming those there are."""
         found = self._methods.get(name)
         if found is None:
             found = self._methods[name] = self._bind(name.decode())
@@ -51,7 +51,7 @@ class Served:
         else:
             function = getattr(self.instance, name, None)
             if not callable(function) or (name.startswith("__") and name != "__call__"):
-                raise MillstreamError(
+                raise MethodNotFoundError(
                     f"{self._name} has no method {name!r}; available methods: {', '.join(self.public_methods()) or 'none'}",
                     method=name,
                 )

@@ -44,6 +44,7 @@ from millstream.replicas.orders import Orders, give_up
 from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
 from millstream.replicas.updating import Updater
+from millstream.replicas.versions import OtherVersions
 
 HOUSEKEEPING_S = 1.0
 NUDGE_S = 0.05
@@ -146,6 +147,7 @@ class Replica:
             threads=config.sync_threads,
             where=f"replica {self._birth.replica}, pid {os.getpid()}",
             retries=Retries(self._keys, self._birth.replica, config.retry, self._run, self._start_chore),
+            other_versions=OtherVersions(self._keys, self._birth.version, self._ask),
         )
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._recycle)

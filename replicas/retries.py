@@ -15,6 +15,7 @@ from millstream.errors import BrokerUnavailableError
 from millstream.replicas.attempt import Attempt
 from millstream.retry import Retry
 
+POSTPONED_MS = 200  # a replica takes longer to start
 AT_ONCE = 100  # per call: the server does nothing else meanwhile
 log = logging.getLogger("millstream.replica")
 
@@ -44,11 +45,18 @@ class Retries:
             return False
         delay_ms = round(rule.delay_s(attempt.retries, self._chance) * 1000)
         ending = {"replica": self._replica, "cause": f"raised {remote_errors.in_short(error)}"}
-        self._unknown[attempt.place] = (attempt.ref, delay_ms, json.dumps(ending))
+        self._add(attempt, delay_ms, json.dumps(ending))
+        return True
+
+    def postpone(self, attempt: Attempt) -> None:
+        """Nothing of it has run here, and others may be able to: let one of them take it a little later."""
+        self._add(attempt, POSTPONED_MS, "")
+
+    def _add(self, attempt: Attempt, delay_ms: int, ending: str) -> None:
+        self._unknown[attempt.place] = (attempt.ref, delay_ms, ending)
         if not self._is_sending:
             self._is_sending = True
             self._start_chore(self._send())
-        return True
 
     def holds(self, lane: str, entry: bytes) -> bool:
         """Has this entry ended here, with the server not yet knowing?"""

@@ -1,7 +1,9 @@
 #!lua flags=allow-oom
--- retry: running -> delayed; its code raised, and it is to be tried again. Fenced as finish is. Twice is as once.
+-- retry: running -> delayed; its code raised, and it is to be tried again; or nothing of it has run, which is no attempt.
+-- Fenced as finish is. Twice is as once.
 -- KEYS  1 lane  2 open  3 held  4 due  5 supplied prefix
--- ARGV  1 lane name   then per request: entry id, ref, delay_ms, how this attempt ended (JSON, without attempt and at_ms)
+-- ARGV  1 lane name   then per request: entry id, ref, delay_ms, how this attempt ended (JSON, without attempt and at_ms;
+--       "" where it did not begin)
 -- reply {position, ...} of those that this attempt does not own any more
 local lane, open, held, supplied_prefix = KEYS[1], KEYS[2], KEYS[3], KEYS[5]
 --include held
@@ -19,10 +21,14 @@ local function hold(ref, fields, due_ms, failure)
       more[#more + 1] = fields[i + 1]
     end
   end
-  local attempt, history = tonumber(request.attempt) or 1, cjson.decode(request.history or '[]')
-  failure.attempt, failure.at_ms = attempt, now_ms
-  history[#history + 1] = failure
-  local counted = { attempt = attempt + 1, retries = (tonumber(request.retries) or 0) + 1, history = cjson.encode(history) }
+  local counted = { attempt = request.attempt, retries = request.retries, history = request.history }
+  if failure ~= '' then
+    local ending, history = cjson.decode(failure), cjson.decode(request.history or '[]')
+    ending.attempt, ending.at_ms = tonumber(request.attempt) or 1, now_ms
+    history[#history + 1] = ending
+    counted.attempt, counted.retries = ending.attempt + 1, (tonumber(request.retries) or 0) + 1
+    counted.history = cjson.encode(history)
+  end
   for name, value in pairs(counted) do
     more[#more + 1] = name
     more[#more + 1] = value
@@ -38,7 +44,7 @@ for i = 2, #ARGV, 4 do
   local entry, ref = ARGV[i], ARGV[i + 1]
   local found = redis.call('HGET', open, ref) == ARGV[1] .. ' ' .. entry and redis.call('XRANGE', lane, entry, entry)[1]
   if found then
-    hold(ref, found[2], string.format('%.0f', now_ms + tonumber(ARGV[i + 2])), cjson.decode(ARGV[i + 3]))
+    hold(ref, found[2], string.format('%.0f', now_ms + tonumber(ARGV[i + 2])), ARGV[i + 3])
     redis.call('XACK', lane, 'replicas', entry)
     redis.call('XDEL', lane, entry)
   else

@@ -151,8 +151,9 @@ async def carry_out(redis: Control, keys: DeploymentKeys, event: Event, subject:
             before = await redis.hlen(keys.open)
             await run(redis, scripts.discard(keys, "0", 60, "deleted", running=True))
             return before - await redis.hlen(keys.open)
-        case Event.RETRY:
-            failure = (entry, ref, 1000, '{"replica": "r-1", "cause": "raised ValueError"}')
+        case Event.RETRY | Event.POSTPONE:
+            how = '{"replica": "r-1", "cause": "raised ValueError"}' if event == Event.RETRY else ""
+            failure = (entry, ref, 1000, how)
             return await run(redis, scripts.retry(keys, lane, failure))
         case Event.REQUEUE:
             letters: Any = await redis.xrange(keys.dead)
@@ -181,7 +182,7 @@ def refusal(state: State | None, event: Event) -> Any:
             return []
         case Event.CANCEL | Event.EXPIRE:
             return [Ended.GONE]
-        case Event.RETRY:
+        case Event.RETRY | Event.POSTPONE:
             return [0]
         case Event.REQUEUE:
             return [Requeued.GONE]

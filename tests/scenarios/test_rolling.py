@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 import millstream
 from millstream import serve
 from millstream.deployment import Application
-from millstream.errors import DeployFailedError
+from millstream.errors import DeployFailedError, MethodNotFoundError
 from millstream.handles import engines
 from millstream.handles.handle import DeploymentHandle
 from millstream.runtime import with_registry
@@ -135,6 +137,46 @@ def test_no_request_fails_while_scripts_deploy_what_they_define(tmp_path: Path) 
         roll("Model", load, [lambda version=version: deploy(version) for version in (1, 2, 3)])  # type: ignore[misc]
 
     assert {version for version, _ in load.answers} == {0, 1, 2, 3}
+
+
+def test_requests_for_a_method_of_the_next_version_wait_for_it(tmp_path: Path) -> None:
+    """Callers of the new version may be up before its replicas are: those of the old one leave their requests alone."""
+    ready = tmp_path / "ready"
+
+    def model(version: int) -> Application:
+        class Model:
+            def __init__(self) -> None:
+                while version and not ready.exists():
+                    time.sleep(0.01)
+
+            async def __call__(self) -> int:
+                return version
+
+        if version:
+
+            async def fresh(self: Any, x: int) -> tuple[int, int]:
+                return version, x
+
+            Model.fresh = fresh
+        return serve.deployment(num_replicas=2, max_attempts=1)(Model).bind()
+
+    serve.run(model(0))
+    handle = serve.get_deployment_handle("Model", sync=True)
+    with pytest.raises(MethodNotFoundError, match="available methods: __call__"):
+        handle.fresh.call(0)
+
+    deploying = threading.Thread(target=serve.run, args=[model(1)])
+    deploying.start()
+    wait_for(lambda: not is_healthy("Model"), what="the deploy")
+    refs = [handle.fresh.options(block_until="queued").remote(x) for x in range(20)]
+    wait_for(lambda: all(ref.status() == "delayed" for ref in refs), what="all to have been left alone")
+    assert handle.call() == 0
+    ready.touch()
+
+    assert millstream.get(refs, timeout=30) == [(1, x) for x in range(20)]
+    deploying.join(30)
+    with pytest.raises(MethodNotFoundError, match="available methods: __call__, fresh"):
+        handle.stale.call()
 
 
 def test_no_request_fails_when_a_redeploy_does() -> None:

@@ -154,3 +154,14 @@ async def test_arguments_that_make_no_sense_are_refused_before_anything_is_writt
     with pytest.raises(ResponseError, match="BADREQUEST four arguments"):
         await run(redis, scripts.retry(keys, "normal", [one.entry, one.ref, 5]))
     assert await read_everything(redis) == before
+
+
+async def test_attempt_that_did_not_begin_is_none(redis: Control, keys: DeploymentKeys) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+
+    assert await run(redis, scripts.retry(keys, "normal", [one.entry, one.ref, 200, ""])) == []
+
+    assert await read_state(redis, keys, one.ref) == State.DELAYED
+    again = await take_again(redis, keys, one.ref)
+    assert again.fields == one.fields
