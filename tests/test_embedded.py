@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from millstream import embedded
 from millstream.config import ADVERT, find_settings, read_advert
@@ -125,3 +126,25 @@ def test_temporary_server_leaves_no_folder(start: Start) -> None:
     end(server)
 
     assert not server.folder.exists()
+
+
+def test_server_takes_no_more_than_half_of_the_memory_there_is(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text("1000000000\n")
+    monkeypatch.setattr(embedded, "CGROUP_LIMIT", limit)
+
+    with redis.Redis.from_url(start(tmp_path / "state").settings.url) as client:
+        found = client.config_get("maxmemory*")
+
+    assert (found["maxmemory"], found["maxmemory-policy"]) == ("500000000", "noeviction")
+
+
+def test_long_log_is_put_aside(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "server.log").write_text("x" * (embedded.MOST_LOG_BYTES + 1))
+
+    end(start(tmp_path))
+
+    assert (tmp_path / "server.log").stat().st_size < 10_000
+    assert (tmp_path / "server.log.old").stat().st_size > embedded.MOST_LOG_BYTES

@@ -29,6 +29,7 @@ PINGS = 200
 SLOW_MS = 5.0  # a loopback PING takes 0.1 ms, one across a data centre 1 ms
 CLOCKS_APART_S = 1.0
 FULL, ALMOST_FULL = 0.95, 0.8
+STALLED_S = 60.0
 
 
 class Verdict(StrEnum):
@@ -103,7 +104,7 @@ async def _examine(server: Server) -> list[Finding]:
 async def _examine_all(registry: "Registry") -> list[Finding]:
     findings: list[Finding] = []
     checks: tuple[Callable[[Registry], Awaitable[list[Finding]]], ...] = (
-        _server, _persistence, _scripts, _latency, _clock, _secret, _processes, _deployments, _orphans,
+        _server, _persistence, _scripts, _latency, _clock, _secret, _processes, _deployments, _orphans, _leaks,
     )  # fmt: skip
     for check in checks:
         findings += await _tried(check, registry)
@@ -258,6 +259,7 @@ async def _processes(registry: "Registry") -> list[Finding]:
 async def _deployments(registry: "Registry") -> list[Finding]:
     views = await registry.views()
     findings = [finding for view in views if (finding := replicas(view)) is not None]
+    findings += [finding for view in views if (finding := stalled(view)) is not None]
     for view in views:
         if dead := await registry.dead_count(view.tag):
             findings.append(
@@ -283,6 +285,36 @@ def replicas(view: "DeploymentView") -> Finding | None:
     if view.has_target and view.target == 0:
         return doubtful("deployments", f"{view.tag} is at zero replicas ({reason_for_replicas(view)}){waiting}")
     return bad("deployments", f"{view.tag} has no replica{waiting}; the launcher's output may say why")
+
+
+def stalled(view: "DeploymentView") -> Finding | None:
+    """Do requests wait for long although there are replicas with free slots? None if not."""
+    oldest_s, backlog = view.backlog.oldest_waiting_s, view.backlog
+    if not view.running or not backlog.waiting or oldest_s is None or oldest_s < STALLED_S:
+        return None
+    if backlog.in_flight >= len(view.running) * (view.config.max_ongoing_requests or view.config.sync_threads):
+        return None
+    return doubtful(
+        "queue",
+        f"{view.tag}: the oldest of {counted(backlog.waiting, 'request')} has been waiting for {for_people(oldest_s)}, and "
+        f"{counted(len(view.running), 'replica')} with {backlog.in_flight} in flight should have taken it; "
+        "look at their output, or restart the launcher",
+    )
+
+
+async def _leaks(registry: "Registry") -> list[Finding]:
+    from millstream.broker.leaks import find_leaks
+
+    leaks = await find_leaks(registry)
+    looked_at = f"{counted(leaks.looked_at, 'key')}{'' if leaks.is_complete else ' of more'} looked at"
+    if not leaks.keys:
+        return [good("keys", f"{looked_at}: each has an owner or an end")]
+    some = ", ".join(leaks.keys[:3]) + (", ..." if len(leaks.keys) > 3 else "")
+    return [
+        doubtful(
+            "keys", f"{looked_at}: {counted(len(leaks.keys), 'key')} without owner or end: {some}; UNLINK removes one"
+        )
+    ]
 
 
 async def _orphans(registry: "Registry") -> list[Finding]:

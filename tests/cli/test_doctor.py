@@ -6,7 +6,7 @@ import pytest
 
 from millstream.broker.control_scripts import Backlog
 from millstream.broker.records import DeploymentView, ReplicaRecord
-from millstream.cli.doctor import Verdict, eviction, flavour, memory, persistence, replicas, size
+from millstream.cli.doctor import Verdict, eviction, flavour, memory, persistence, replicas, size, stalled
 from millstream.config import DeploymentConfig, Settings
 
 GOOD, DOUBTFUL, BAD = Verdict.GOOD, Verdict.DOUBTFUL, Verdict.BAD
@@ -97,3 +97,22 @@ def test_replicas(deployment: DeploymentView, verdict: Verdict | None, text: str
 
     assert (finding.verdict if finding else None) is verdict
     assert text in (finding.text if finding else "")
+
+
+@pytest.mark.parametrize(
+    ("backlog", "config", "is_stalled"),
+    [
+        (Backlog(waiting=3, in_flight=0, oldest_waiting_s=120.0), DeploymentConfig(), True),
+        (Backlog(waiting=3, in_flight=1, oldest_waiting_s=120.0), DeploymentConfig(), False),
+        (Backlog(waiting=3, in_flight=1, oldest_waiting_s=120.0), DeploymentConfig(max_ongoing_requests=5), True),
+        (Backlog(waiting=3, in_flight=0, oldest_waiting_s=5.0), DeploymentConfig(), False),
+        (Backlog(), DeploymentConfig(), False),
+    ],
+)
+def test_stalled(backlog: Backlog, config: DeploymentConfig, is_stalled: bool) -> None:
+    finding = stalled(view(replicas=[replica("RUNNING")], backlog=backlog, config=config))
+
+    assert (finding is not None) is is_stalled
+    if finding is not None:
+        assert finding.verdict is DOUBTFUL and "oldest of 3 requests has been waiting for 2 min" in finding.text
+    assert stalled(view(backlog=backlog, config=config)) is None
