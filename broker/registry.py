@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -28,6 +29,7 @@ from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
+NODE_KEPT_S = 60.0  # without a lease: its launcher may be about to come back, after an outage of the server as well
 VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
 
 
@@ -39,6 +41,7 @@ class Registry:
         self.settings = settings
         self.keys = Keys(settings.namespace)
         self._removal = Removal(client, settings)
+        self._absent_since: dict[str, float] = {}  # nodes without a lease, by our own clock
 
     def keys_of(self, tag: str) -> DeploymentKeys:
         return self.keys.deployment(tag)
@@ -211,19 +214,26 @@ class Registry:
     # nodes
 
     async def nodes(self) -> dict[str, NodeRecord]:
-        """Nodes whose launcher lives."""
+        """Nodes whose launcher lives. Those that were gone for a minute of looking are forgotten."""
         records = {
             n.decode(): NodeRecord(**json.loads(text))
             for n, text in (await self.client.hgetall(self.keys.nodes)).items()
         }
-        alive = {}
-        for name, record in records.items():
-            if await self.client.exists(self.keys.node_lease(name)):
-                alive[name] = record
-            elif record.started_ms + 60_000 < await self.now_ms():
+        alive = {name: record for name, record in records.items() if await self._lives(name)}
+        await self._forget_nodes(records.keys() - alive.keys())
+        return alive
+
+    async def _lives(self, node: str) -> bool:
+        return await self.client.exists(self.keys.node_lease(node)) == 1
+
+    async def _forget_nodes(self, absent: set[str]) -> None:
+        """Not at the first look: after an outage no node has its lease, and a launcher whose plan is gone drains all it runs."""
+        now_s = time.monotonic()
+        self._absent_since = {name: self._absent_since.get(name, now_s) for name in absent}
+        for name, since_s in self._absent_since.items():
+            if now_s - since_s > NODE_KEPT_S:
                 await self.client.hdel(self.keys.nodes, name)
                 await self.client.delete(self.keys.node_plan(name))
-        return alive
 
     async def plan(self, node: str) -> dict[str, Planned]:
         """What a node should run, by tag."""

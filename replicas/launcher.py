@@ -36,6 +36,7 @@ from millstream.replicas.reconcile import Running, reconcile
 from millstream.replicas.starts import START_FAILURES, Release, Starts
 
 TICK_S = 1.0  # a lost wake-up costs at most this
+STALL_S = 2.5  # between two answers of the server: much longer than a tick
 MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
 log = logging.getLogger("millstream.launcher")
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Launcher:
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._is_stopping = False
+        self._answered_at = time.monotonic()
 
     async def run(self) -> None:
         """Work until stopped. Outages of the server are waited out."""
@@ -95,8 +97,19 @@ class Launcher:
                 self._outage.began(e)
                 self._sweeper.connection_was_broken()
                 await anyio.sleep(next(delays))
-                for process in self._replicas.values():
-                    process.well_at = time.monotonic()
+                self._blame_nobody()
+
+    def _blame_nobody(self) -> None:
+        """A replica is well if the server answers it: whoever was silent while that answered nobody has another go."""
+        for process in self._replicas.values():
+            process.well_at = time.monotonic()
+
+    def _notice_a_stall(self) -> None:
+        """The server has answered. If it had not for a while, it may not have answered our replicas either."""
+        now, before = time.monotonic(), self._answered_at
+        self._answered_at = now
+        if now - before > STALL_S:
+            self._blame_nobody()
 
     async def _reconcile_loop(self) -> None:
         await self._membership.join()
@@ -132,6 +145,7 @@ class Launcher:
     async def step(self) -> None:
         """Compare the plan with what runs; start, drain, update, and kill what does not answer."""
         plan = await self._registry.plan(self.node)
+        self._notice_a_stall()
         actions = reconcile(plan, self._running(plan))
         for replica in actions.drain:
             await self._drain(self._replicas.get(replica))  # it may have died meanwhile, or not have been forked yet

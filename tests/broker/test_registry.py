@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from millstream.broker import control_scripts, scripts
+from millstream.broker import registry as registry_module
 from millstream.broker.connection import Control, open_control, run
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.records import Current, DeploymentView, NewDeployment, NodeRecord, Planned, ReplicaRecord
@@ -351,18 +352,35 @@ async def register_node(registry: Registry, name: str, started_ms: int, *, is_al
 
 
 async def test_node_without_lease_is_not_listed_and_forgotten_after_a_minute(
-    redis: Control, registry: Registry
+    redis: Control, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now_ms = await registry.now_ms()
     await register_node(registry, "alive", 0, is_alive=True)
-    await register_node(registry, "starting", now_ms, is_alive=False)
-    await register_node(registry, "gone", now_ms - 61_000, is_alive=False)
+    await register_node(registry, "gone", 0, is_alive=False)
 
-    alive = await registry.nodes()
+    at_first = await registry.nodes()
+    known = await redis.hkeys(ALL.nodes)
+    monkeypatch.setattr(registry_module, "NODE_KEPT_S", 0)
+    later = await registry.nodes()
 
-    assert set(alive) == {"alive"}
-    assert set(await redis.hkeys(ALL.nodes)) == {b"alive", b"starting"}
+    assert set(at_first) == set(later) == {"alive"}
+    assert set(known) == {b"alive", b"gone"}
+    assert await redis.hkeys(ALL.nodes) == [b"alive"]
     assert not await redis.exists(ALL.node_plan("gone"))
+
+
+async def test_node_that_comes_back_after_an_outage_still_has_its_plan(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await register_node(registry, "n-1", 0, is_alive=False)  # the outage was longer than its lease
+    await registry.nodes()
+    await run(registry.client, control_scripts.renew([ALL.node_lease("n-1")], 60, "n-1"))
+    await registry.nodes()
+    await registry.client.delete(ALL.node_lease("n-1"))
+    monkeypatch.setattr(registry_module, "NODE_KEPT_S", 0)
+
+    await registry.nodes()
+
+    assert await registry.plan("n-1") == {"app.Model": Planned(2, "v1")}
 
 
 async def test_plan_says_what_was_assigned_and_not_unassigned(registry: Registry) -> None:

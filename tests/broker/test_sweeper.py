@@ -54,6 +54,15 @@ def sweeper(redis: Control, settings: Settings, clock: Clock) -> Sweeper:
     return Sweeper(settings, lambda call: run(redis, call), redis.execute_command, clock=clock)
 
 
+async def watch(sweeper: Sweeper, clock: Clock, keys: DeploymentKeys, duration_s: float) -> None:
+    """A pass now, and one a second from then on."""
+    end_s = clock.now_s + duration_s
+    await sweeper.step(keys.tag)
+    while clock.now_s < end_s:
+        clock.now_s = min(end_s, clock.now_s + 1)
+        await sweeper.step(keys.tag)
+
+
 async def register(redis: Control, keys: DeploymentKeys, *connections: int) -> None:
     record = ReplicaRecord(REPLICA, "n-1", 1, "v", "RUNNING", 0, list(connections))
     await redis.hset(keys.replicas, REPLICA, json.dumps(asdict(record)))
@@ -140,10 +149,8 @@ async def test_nothing_is_taken_over_before_a_full_lease_of_watching(
     await deploy_config(redis, keys)
     (one,) = await seed_running(redis, keys)
     await register(redis, keys)
-    await sweeper.step(keys.tag)
 
-    clock.now_s += LEASE_S - 0.1
-    await sweeper.step(keys.tag)
+    await watch(sweeper, clock, keys, LEASE_S - 0.1)
     before = await read_state(redis, keys, one.ref)
     clock.now_s += 0.1
     await sweeper.step(keys.tag)
@@ -158,8 +165,7 @@ async def test_after_a_lease_of_watching_an_expired_lease_is_acted_on_at_once(
     redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
 ) -> None:
     await deploy_config(redis, keys)
-    await sweeper.step(keys.tag)
-    clock.now_s += LEASE_S
+    await watch(sweeper, clock, keys, LEASE_S)
     (one,) = await seed_running(redis, keys)
 
     await sweeper.step(keys.tag)
@@ -172,8 +178,7 @@ async def test_a_replica_with_a_lease_keeps_its_requests(
     redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
 ) -> None:
     await deploy_config(redis, keys)
-    await sweeper.step(keys.tag)
-    clock.now_s += LEASE_S
+    await watch(sweeper, clock, keys, LEASE_S)
     (one,) = await seed_running(redis, keys)
     await run(redis, renew([keys.lease(REPLICA)], LEASE_S, "launcher"))
 
@@ -187,9 +192,8 @@ async def test_break_of_our_own_connection_starts_the_watch_over(
     redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
 ) -> None:
     await deploy_config(redis, keys)
+    await watch(sweeper, clock, keys, LEASE_S)
     (one,) = await seed_running(redis, keys)
-    await sweeper.step(keys.tag)
-    clock.now_s += LEASE_S
 
     sweeper.connection_was_broken()
     await sweeper.step(keys.tag)
