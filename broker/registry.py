@@ -224,7 +224,7 @@ class Registry:
         return alive
 
     async def _lives(self, node: str) -> bool:
-        return await self.client.exists(self.keys.node_lease(node)) == 1
+        return bool(await self.client.exists(self.keys.node_lease(node)))
 
     async def _forget_nodes(self, absent: set[str]) -> None:
         """Not at the first look: after an outage no node has its lease, and a launcher whose plan is gone drains all it runs."""
