@@ -6,6 +6,7 @@ It holds no state that matters: targets are in Redis, and a new leader starts fr
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from millstream.autoscaler.placement import place
 from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import control_scripts
-from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
+from millstream.broker.connection import ANY_TROUBLE, DOWN, Outage, backoff, open_control, run
 from millstream.broker.records import DeploymentView, Planned
 from millstream.broker.registry import Registry
 from millstream.broker.sweeper import Sweeper
@@ -63,7 +64,7 @@ class Autoscaler:
                 self._outage.ended()
                 await self._wait_for_something(views)
                 delays = backoff()
-            except DOWN as e:
+            except ANY_TROUBLE as e:
                 self._sweeper.connection_was_broken()
                 self._histories.clear()
                 self._outage.began(e)
@@ -121,11 +122,16 @@ class Autoscaler:
                     await self._registry.assign(node, view.tag, planned)
         deployed = {view.tag for view in views}
         for node, plan in plans.items():
-            for tag in plan.keys() - deployed:
+            for tag in plan.keys() - deployed - self._unreadable(plan):
                 await self._registry.unassign(node, tag)
         for tag in (self._histories.keys() | self._memories.keys()) - deployed:
             self._histories.pop(tag, None)
             self._memories.pop(tag, None)
+
+    def _unreadable(self, tags: Iterable[str]) -> set[str]:
+        """Those whose records some other program has written over: what runs of them stays as it is."""
+        unreadable = self._registry.unreadable
+        return {tag for tag in tags if tag in unreadable or tag.partition(".")[0] in unreadable}
 
     async def _wait_for_something(self, views: list[DeploymentView]) -> None:
         """Until the next tick, a change of what is deployed, or the first request of a deployment at zero."""

@@ -15,6 +15,7 @@ before it was verified.
 
 import base64
 import hashlib
+import hmac
 import json
 import struct
 from functools import lru_cache
@@ -90,7 +91,7 @@ class Codec:
             seed = self._seeds[kind].copy()
             seed.update(b"p%c%b%c%b" % (len(method), method, len(ref), ref))
             seed.update(body)
-            if seed.digest() == envelope[2:HEADER_BYTES]:
+            if hmac.compare_digest(seed.digest(), envelope[2:HEADER_BYTES]):
                 return pickling.load(body)
         return self.verified(kind, ref, envelope, method).load()
 
@@ -107,7 +108,7 @@ class Codec:
             raise self._refusal(kind, ref, "names a method or ref longer than 255 bytes")
         if bytes(whole[:1]) != b"\x01" or form not in (b"p", b"b", b"j"):
             raise self._refusal(kind, ref, "is not an envelope of version 1")
-        if self._sign(kind, method, ref, form, view) != whole[2:HEADER_BYTES]:
+        if not hmac.compare_digest(self._sign(kind, method, ref, form, view), whole[2:HEADER_BYTES]):
             raise self._refusal(kind, ref, "does not bear this installation's signature")
         return Verified(form, view)
 

@@ -12,7 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from millstream.broker.call import Call
-from millstream.broker.link import explain
+from millstream.broker.link import REFUSED, explain, foreign
 from millstream.config import Settings, redact
 from millstream.errors import BrokerUnavailableError
 
@@ -21,7 +21,11 @@ Control = redis.asyncio.Redis
 
 # What counts as "the server is down", as opposed to "the server said no".
 DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError)
-ANY_TROUBLE = (redis.exceptions.RedisError, BrokerUnavailableError)  # down, or no: NOPERM, an unknown command, ...
+ANY_TROUBLE = (
+    redis.exceptions.RedisError,
+    BrokerUnavailableError,
+    *REFUSED,
+)  # down, or no: NOPERM, an unknown command, ...
 
 
 def open_control(settings: Settings, name: str) -> Control:
@@ -53,7 +57,10 @@ async def run(client: Control, call: Call[T]) -> T:
         if explained is e:
             raise
         raise explained from e
-    return call.read(reply)
+    try:
+        return call.read(reply)
+    except (ValueError, TypeError, IndexError, AttributeError) as e:  # the script has handed on what stood in Redis
+        raise foreign(str(e)) from e
 
 
 async def ping(client: Control, settings: Settings) -> None:

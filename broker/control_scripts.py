@@ -113,7 +113,7 @@ def close(keys: DeploymentKeys, revision: str) -> Call[int]:
     return Call(script("close"), (keys.config, keys.definition), (revision,), int)
 
 
-def replace(keys: Keys, app: str, read: str, record: str) -> Call[int]:
+def replace(keys: Keys, app: str, read: bytes, record: str) -> Call[int]:
     """Answers 0 if the application's record is not (any more) the one that was read."""
     return Call(script("replace"), (keys.apps,), (app, read, record), int)
 

@@ -3,7 +3,6 @@
 They lie in a stream per deployment, at most 10,000 of them and for a week (`lua/dead.lua`).
 """
 
-import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import redis.exceptions
 from millstream.broker import scripts
 from millstream.broker.connection import run
 from millstream.broker.keys import split_ref
-from millstream.broker.outcomes import no_such_deployment
+from millstream.broker.outcomes import no_such_deployment, read_history
 from millstream.broker.registry import Registry
 from millstream.broker.scripts import Requeued
 
@@ -106,14 +105,14 @@ def _by_tag(found: Iterable[DeadLetter]) -> dict[str, Sequence[str]]:
 
 
 def _read(tag: str, entry: str, fields: dict[bytes, bytes]) -> DeadLetter:
-    ref = fields.get(b"ref", b"").decode(errors="replace")
+    ref, attempt = fields.get(b"ref", b"").decode(errors="replace"), fields.get(b"attempt", b"1")[:9]
     return DeadLetter(
         id=f"{tag}/{entry}",
         ref_id=f"{tag}~{ref}" if ref else "",
         method=fields.get(b"method", b"").decode(errors="replace"),
         lane=fields.get(b"lane", b"").decode(errors="replace"),
         died_ms=int(entry.partition("-")[0]),
-        attempt=int(fields.get(b"attempt", b"1")),
+        attempt=int(attempt) if attempt.isdigit() else 1,
         size_bytes=-1 if b"payload" in fields else len(fields.get(b"body", b"")),
-        history=json.loads(fields.get(b"history", b"[]")),
+        history=read_history(fields.get(b"history", b"[]")),
     )

@@ -6,6 +6,7 @@ Reconnecting is the owner's business: a link that is lost stays lost.
 
 import asyncio
 import functools
+import logging
 import socket
 import ssl
 from collections import deque
@@ -18,7 +19,13 @@ from redis.asyncio.connection import parse_url
 
 from millstream.broker.call import Call, Script
 from millstream.config import Settings, redact
-from millstream.errors import BackPressureError, BrokerUnavailableError, MillstreamError, PayloadTooLargeError
+from millstream.errors import (
+    BackPressureError,
+    BrokerUnavailableError,
+    MillstreamError,
+    PayloadTooLargeError,
+    SignatureError,
+)
 
 T = TypeVar("T")
 Callback = Callable[[Any], None]
@@ -26,6 +33,9 @@ Callback = Callable[[Any], None]
 DEAD_AFTER_S = 20
 CONNECT_TIMEOUT_S = 5.0  # a server that does not even answer AUTH for so long is down
 pack = hiredis.pack_command
+# The server said no, or what it holds is not of ours: no outage, and no reason to end.
+REFUSED = (redis.exceptions.ResponseError, hiredis.ReplyError, SignatureError)
+log = logging.getLogger("millstream.broker")
 
 
 class Link(asyncio.Protocol):
@@ -90,9 +100,16 @@ class Link(asyncio.Protocol):
     def start(self, call: Call[T], callback: Callable[[T | Exception], None]) -> None:
         """Run a script; `callback` gets its reply as read by the call, or an exception instance."""
 
+        def read(reply: Any) -> None:
+            try:
+                answer: T | Exception = call.read(reply)
+            except (ValueError, TypeError, IndexError, AttributeError) as e:  # the script hands on what stands in Redis
+                answer = foreign(str(e))
+            callback(answer)
+
         def replied(reply: Any) -> None:
             if not isinstance(reply, Exception):
-                callback(call.read(reply))
+                read(reply)
             elif str(reply).startswith("NOSCRIPT"):
                 self.send(replied, *call.full_command())
             else:
@@ -165,16 +182,29 @@ _CANNOT_NOW = (
 )
 
 
+_BYTES = {bytes}
+
+
 class Messages:
-    """Takes apart what the scripts publish: each message is a RESP array of ref, stored, ref, stored, ..."""
+    """Takes apart what the scripts publish: each message is a RESP array of ref, stored, ref, stored, ...
+
+    What is none was sent by some other program: nothing of it is heard.
+    """
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader()
 
     def read(self, message: bytes) -> list[bytes]:
         self._reader.feed(message)
-        items: list[bytes] = self._reader.gets()
-        return items
+        try:
+            items: Any = self._reader.gets()
+        except hiredis.ProtocolError:
+            items = None
+        if type(items) is list and {*map(type, items)} <= _BYTES and not (len(items) % 2 or self._reader.has_data()):
+            return items
+        self._reader = hiredis.Reader()  # it may wait for the rest
+        log.error("message %r on a reply channel is no reply: some other program sent it", message[:100])
+        return []
 
 
 def explain(reply: Exception) -> Exception:
@@ -199,7 +229,18 @@ def explain(reply: Exception) -> Exception:
         return BrokerUnavailableError(
             "the server has lost this deployment's streams; whoever reads them makes them anew"
         )
+    # What a script stumbles over: a key of another type, a text where it expects a number.
+    if text.startswith("WRONGTYPE") or "user_script" in text or "Error running script" in text:
+        return foreign(text)
     return reply
+
+
+def foreign(what: str) -> SignatureError:
+    """Something under a name of ours that millstream cannot have written."""
+    return SignatureError(
+        f"a key of this namespace holds what millstream has not written ({what}); "
+        "see who else writes to this server, then delete that key, or deploy again"
+    )
 
 
 async def dial(settings: Settings, name: str, on_message: Callable[[bytes], None] | None = None) -> Link:

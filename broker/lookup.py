@@ -1,12 +1,11 @@
 """What became of one request, read from outside without touching it: for the CLI, and whoever else looks."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from millstream.broker.held import HeldRequest
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys, split_ref
-from millstream.broker.outcomes import large_part
+from millstream.broker.outcomes import large_part, read_history
 from millstream.broker.registry import Registry
 from millstream.broker.states import State
 
@@ -92,7 +91,7 @@ async def _ended(
     history = []
     if state == State.DEAD:
         stored = await read_stored(registry, ref_id)
-        history = json.loads(stored.partition(b"\n")[2] or b"[]")
+        history = read_history(stored.partition(b"\n")[2])
     return RequestView(
         ref_id,
         State(state),
@@ -114,7 +113,7 @@ async def _in_lane(registry: Registry, keys: DeploymentKeys, ref_id: str, lane: 
     if not isinstance(rows, list) or not rows:
         return None
     fields = {name.decode(): value for name, value in rows[0][1].items()}
-    history = json.loads(fields.get("history", b"[]"))
+    history = read_history(fields.get("history", b"[]"))
     taken = pending[0] if isinstance(pending, list) and pending else None  # an error: the lane has no group yet
     queued_s = (await registry.now_ms() - int(entry.partition("-")[0])) / 1000
     return RequestView(

@@ -7,7 +7,7 @@ import json
 import pickle
 from typing import Any
 
-from millstream.broker import remote_errors
+from millstream.broker import pickling, remote_errors
 from millstream.broker.codec import Codec, Verified
 from millstream.errors import (
     BackPressureError,
@@ -18,9 +18,11 @@ from millstream.errors import (
     ReplicaDiedError,
     RequestCancelledError,
     RequestTimeoutError,
+    SignatureError,
 )
 
 ENDED_TTL_S = 3600  # of what was cancelled or timed out: its deployment's result_ttl_s is not at hand
+_OF_AN_ATTEMPT = {"attempt", "replica", "cause", "at_ms"}
 OVERDUE = "its deadline passed"
 
 
@@ -42,12 +44,17 @@ def large_part(stored: bytes) -> str | None:
     ):  # the rest is text, and may begin with anything
         return None
     size_and_part = body.split()  # of an item it is said: it is not its number alone
-    return (size_and_part[1] if len(size_and_part) > 1 else header.rpartition(b" ")[2]).decode()
+    part = size_and_part[1] if len(size_and_part) > 1 else header.rpartition(b" ")[2]
+    return part.decode(errors="replace")  # not ours, if it is no text: then nothing is found there
 
 
 def large_size(stored: bytes) -> int:
-    """Of what `large_part` finds elsewhere: the number of bytes there."""
-    return int(stored.partition(b"\n")[2].split()[0][1:])
+    """Of what `large_part` finds elsewhere: the number of bytes there. SignatureError if it is none that a value can have."""
+    size = stored.partition(b"\n")[2].split()[0][1:]
+    # An envelope is a little longer than the value in it, whose limit may be higher where it was made.
+    if not size.isdigit() or len(size) > 15 or not 0 < int(size) <= 2 * pickling.limit_bytes():
+        raise SignatureError(f"a large value is said to have {size[:50]!r} bytes: that was not written by millstream")
+    return int(size)
 
 
 def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | Verified | None = None) -> Any:
@@ -59,7 +66,7 @@ def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | Verified
     body = stored[stored.find(b"\n") + 1 :]
     if stored[:9] == b"succeeded":
         if body[:1] == b"@" and large is None:
-            raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({body[1:].decode().strip()} bytes) has expired")
+            raise not_found(f"{codec.tag}~{ref.decode()}", f"its value ({large_size(stored)} bytes) has expired")
         try:
             if isinstance(large, Verified):
                 return large.load()
@@ -76,7 +83,9 @@ def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | Verified
         raise cancelled(codec.tag, ref, body)
     if header[:9] == b"timed_out":
         raise timed_out(codec.tag, ref, body)
-    raise not_found(f"{codec.tag}~{ref.decode()}", f"its result is in a state unknown to this version: {header!r}")
+    raise not_found(
+        f"{codec.tag}~{ref.decode()}", f"its result is in a state unknown to this version: {header[:100]!r}"
+    )
 
 
 def error_body(codec: Codec, ref: bytes, stored: bytes) -> bytes:
@@ -93,9 +102,16 @@ def error_body(codec: Codec, ref: bytes, stored: bytes) -> bytes:
 
 
 def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
-    attempts: list[dict[str, Any]] = json.loads(body)
-    last = attempts[-1]
     ref_id = f"{tag}~{ref.decode()}"
+    attempts = read_history(body)
+    if not attempts:
+        return ReplicaDiedError(
+            f"request {ref_id} is a dead letter, and what stands there of its attempts was not written by millstream; "
+            "look at it with `millstream dead list`",
+            ref_id=ref_id,
+            attempts=[],
+        )
+    last = attempts[-1]
     return ReplicaDiedError(
         f"request {ref_id} was running on replica {last['replica']} when it died ({last['cause']}), "
         f"and that was attempt {last['attempt']}, the last one it had; look at the replica's output, "
@@ -103,6 +119,18 @@ def died(tag: str, ref: bytes, body: bytes) -> ReplicaDiedError:
         ref_id=ref_id,
         attempts=attempts,
     )
+
+
+def read_history(text: bytes | str) -> list[dict[str, Any]]:
+    """How the attempts of a request have ended; nothing, if that was not written by one of our scripts."""
+    try:
+        attempts = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    is_ours = isinstance(attempts, list) and all(
+        isinstance(one, dict) and one.keys() >= _OF_AN_ATTEMPT for one in attempts
+    )
+    return attempts if is_ours else []
 
 
 def cancelled(tag: str, ref: bytes, body: bytes) -> RequestCancelledError:

@@ -1,11 +1,61 @@
 """What is deployed, on which nodes, by which replicas, as values: records as they are stored, and a view of one deployment."""
 
+import json
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from millstream.broker.control_scripts import Backlog
 from millstream.broker.keys import deployment_tag
 from millstream.config import DeploymentConfig
+
+R = TypeVar("R")
+# What parsing of some other program's text may raise. ConfigError is a ValueError.
+NOT_OURS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+def read_record(cls: type[R], text: bytes | str) -> R:
+    """A record as it is stored. Raises ValueError if it is none: then some other program wrote it."""
+    try:
+        values: dict[str, Any] = json.loads(text)
+        hints = _hints(cls)  # type: ignore[arg-type] # mypy: a class is hashable
+        if wrong := [name for name, value in values.items() if not _fits(value, hints[name])]:
+            raise ValueError(f"{wrong[0]} is {values[wrong[0]]!r:.100}")
+        return cls(**values)
+    except NOT_OURS as e:
+        raise ValueError(f"no {cls.__name__}: {e!r:.200}") from None
+
+
+def read_config(text: bytes | str) -> DeploymentConfig:
+    """A config as it is stored. Raises ValueError if it is none."""
+    try:
+        return DeploymentConfig.from_json(text)
+    except NOT_OURS as e:
+        raise ValueError(f"no config: {e!r:.200}") from None
+
+
+def read_json_object(text: bytes | str) -> dict[str, Any]:
+    """Raises ValueError if it is none."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("too deep for JSON of ours") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"no JSON object: {found!r:.100}")  # noqa: TRY004 - as whatever else it may be
+    return found
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(one, get_args(hint)[1]) for one in value.values())
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 @dataclass(frozen=True, slots=True)

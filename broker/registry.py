@@ -1,9 +1,10 @@
 """Reads and writes what the control plane goes by: applications, targets, failures, nodes; and one snapshot of it all."""
 
 import json
+import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,16 +14,23 @@ import redis.exceptions
 
 from millstream.broker import control_scripts
 from millstream.broker.codec import codec_for
+from millstream.broker.complaints import Complaints
 from millstream.broker.connection import Control, ping, run
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
+from millstream.broker.link import REFUSED, foreign
 from millstream.broker.records import (
+    NOT_OURS,
     AppRecord,
     Current,
     DeploymentView,
     NewDeployment,
     NodeRecord,
     Planned,
+    R,
     ReplicaRecord,
+    read_config,
+    read_json_object,
+    read_record,
 )
 from millstream.broker.removal import Removal
 from millstream.config import DeploymentConfig, Settings
@@ -30,6 +38,7 @@ from millstream.errors import SignatureError
 
 CHANGES_KEPT = 1000
 NODE_KEPT_S = 60.0  # without a lease: its launcher may be about to come back, after an outage of the server as well
+log = logging.getLogger("millstream.registry")
 VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
 
 
@@ -42,6 +51,8 @@ class Registry:
         self.keys = Keys(settings.namespace)
         self._removal = Removal(client, settings)
         self._absent_since: dict[str, float] = {}  # nodes without a lease, by our own clock
+        self._complaints = Complaints(log)
+        self.unreadable: set[str] = set()  # applications and tags of deployments whose records others have written
 
     def keys_of(self, tag: str) -> DeploymentKeys:
         return self.keys.deployment(tag)
@@ -71,7 +82,8 @@ class Registry:
             await self._store(deployment_tag(app, deployment.name), revision, deployment)
         while True:
             text = await self.client.hget(self.keys.apps, app) or b""
-            leaving = await self._leaving(AppRecord(**json.loads(text)), {d.name for d in new}) if text else {}
+            before = self._read(AppRecord, f"application {app!r}", text) if text else None
+            leaving = await self._leaving(before, {d.name for d in new}) if before else {}
             record = AppRecord(app, revision, ingress, [d.name for d in new], now_ms, leaving)
             if await self._replace(text, record):
                 break
@@ -87,7 +99,7 @@ class Registry:
         return leaving
 
     async def _replace(self, read: bytes, record: AppRecord) -> bool:
-        call = control_scripts.replace(self.keys, record.name, read.decode(), json.dumps(asdict(record)))
+        call = control_scripts.replace(self.keys, record.name, read, json.dumps(asdict(record)))
         done = await run(self.client, call)
         return done == 1
 
@@ -119,14 +131,15 @@ class Registry:
             keys = self.keys_of(tag)
             version = await self.client.hget(keys.config, "version") or b""
             for text in await self.client.hvals(keys.replicas):
-                if json.loads(text)["version"] != version.decode():
+                replica = self._read(ReplicaRecord, f"a replica of {tag}", text)
+                if replica is not None and replica.version != version.decode(errors="replace"):
                     return True
         return False
 
     async def _forget(self, app: str, name: str, revision: str) -> None:
         while text := await self.client.hget(self.keys.apps, app):
-            record = AppRecord(**json.loads(text))
-            if record.leaving.get(name) != revision:
+            record = self._read(AppRecord, f"application {app!r}", text)
+            if record is None or record.leaving.get(name) != revision:
                 return
             del record.leaving[name]
             if await self._replace(text, record):
@@ -146,19 +159,34 @@ class Registry:
         return True
 
     async def apps(self) -> dict[str, AppRecord]:
-        records = await self.client.hgetall(self.keys.apps)
-        return {name.decode(): AppRecord(**json.loads(text)) for name, text in sorted(records.items())}
+        """All applications; without those whose records cannot be read, which are in `unreadable` then."""
+        stored, found = await self.client.hgetall(self.keys.apps), dict[str, AppRecord]()
+        for field, text in sorted(stored.items()):
+            name = field.decode(errors="replace")
+            record = self._read(AppRecord, f"application {name!r}", text)
+            if record is not None and record.name == name:
+                found[name] = record
+                self.unreadable.discard(name)
+            else:
+                self.unreadable.add(name)
+        return found
 
     async def definition(self, tag: str) -> bytes | None:
         stored: bytes | None = await self.client.get(self.keys_of(tag).definition)
         return stored
 
     async def current(self, tag: str) -> Current | None:
-        """What is in force for a deployment; None if it is not deployed."""
+        """What is in force for a deployment; None if it is not deployed, or cannot be read."""
         fields = await self.client.hmget(self.keys_of(tag).config, "version", "revision", "config")
         if fields[2] is None:
             return None
-        return Current(fields[0].decode(), (fields[1] or b"").decode(), DeploymentConfig.from_json(fields[2]))
+        try:
+            current = Current((fields[0] or b"").decode(), (fields[1] or b"").decode(), read_config(fields[2]))
+        except ValueError as e:
+            self._complaints.about(f"the config of {tag}", e)
+            return None
+        self._complaints.well(f"the config of {tag}")
+        return current
 
     async def of_version(self, app: str, version: str) -> dict[str, DeploymentConfig]:
         """The deployments of an application whose code is of this version: they can share a process that imports it."""
@@ -215,10 +243,11 @@ class Registry:
 
     async def nodes(self) -> dict[str, NodeRecord]:
         """Nodes whose launcher lives. Those that were gone for a minute of looking are forgotten."""
-        records = {
-            n.decode(): NodeRecord(**json.loads(text))
-            for n, text in (await self.client.hgetall(self.keys.nodes)).items()
-        }
+        records = {}
+        for field, text in (await self.client.hgetall(self.keys.nodes)).items():
+            name = field.decode(errors="replace")
+            if (node := self._read(NodeRecord, f"node {name!r}", text)) is not None:
+                records[name] = node
         alive = {name: record for name, record in records.items() if await self._lives(name)}
         await self._forget_nodes(records.keys() - alive.keys())
         return alive
@@ -235,10 +264,15 @@ class Registry:
                 await self.client.hdel(self.keys.nodes, name)
                 await self.client.delete(self.keys.node_plan(name))
 
-    async def plan(self, node: str) -> dict[str, Planned]:
-        """What a node should run, by tag."""
-        rows = await self.client.hgetall(self.keys.node_plan(node))
-        return {tag.decode(): Planned(**json.loads(text)) for tag, text in rows.items()}
+    async def plan(self, node: str, before: Mapping[str, Planned] | None = None) -> dict[str, Planned]:
+        """What a node should run, by tag. What was planned `before` stands in for what cannot be read."""
+        plan = {}
+        for field, text in (await self.client.hgetall(self.keys.node_plan(node))).items():
+            tag = field.decode(errors="replace")
+            planned = self._read(Planned, f"the plan of node {node!r} for {tag!r}", text) or (before or {}).get(tag)
+            if planned is not None:
+                plan[tag] = planned
+        return plan
 
     async def assign(self, node: str, tag: str, planned: Planned) -> None:
         """Tell a node how many replicas of a deployment to run, of which version and by which config."""
@@ -252,7 +286,7 @@ class Registry:
     # reading it all
 
     async def view(self, app: str, name: str) -> DeploymentView | None:
-        """One deployment as it is now; None if it is not deployed."""
+        """One deployment as it is now; None if it is not deployed. SignatureError where some other program wrote its records."""
         keys = self.keys_of(deployment_tag(app, name))
         async with self.client.pipeline(transaction=False) as pipe:
             pipe.hgetall(keys.config)
@@ -262,8 +296,18 @@ class Registry:
         if not config:
             return None
         backlog = await run(self.client, control_scripts.backlog(keys))
-        status = {field.decode(): value.decode() for field, value in status.items()}
+        try:
+            return self._view(app, name, config, status, replicas, backlog)
+        except NOT_OURS as e:
+            raise foreign(f"the config or status of {keys.tag}: {e!r:.200}") from None
+
+    def _view(
+        self, app: str, name: str, config: dict[bytes, bytes], stored: dict[bytes, bytes], replicas: list[bytes],
+        backlog: control_scripts.Backlog,
+    ) -> DeploymentView:  # fmt: skip
+        status = {field.decode(): value.decode() for field, value in stored.items()}
         override = status.get("override")
+        tag = deployment_tag(app, name)
         revision = config.get(b"revision", b"").decode()
         failed = status.get("state") == "DEPLOY_FAILED" and status.get("failed_revision") == revision
         last_death = status.get("last_death")
@@ -271,20 +315,23 @@ class Registry:
             app=app,
             name=name,
             version=config[b"version"].decode(),
-            config=DeploymentConfig.from_json(config[b"config"]),
+            config=read_config(config[b"config"]),
             has_target="target" in status,
             target=int(status.get("target", 0)),
             reason=status.get("reason", ""),
             failure=status.get("message", "") if failed else "",
             traceback=status.get("traceback", "") if failed else "",
-            override=json.loads(override) if override else None,
-            replicas=sorted((ReplicaRecord(**json.loads(text)) for text in replicas), key=lambda r: r.replica),
+            override=read_json_object(override) if override else None,
+            replicas=sorted(
+                filter(None, (self._read(ReplicaRecord, f"a replica of {tag}", text) for text in replicas)),
+                key=lambda r: r.replica,
+            ),
             backlog=backlog,
             revision=revision,
             refused=status.get("refused_revision", ""),
             refusal=status.get("refused_message", ""),
             refusal_traceback=status.get("refused_traceback", ""),
-            last_death=json.loads(last_death) if last_death else None,
+            last_death=read_json_object(last_death) if last_death else None,
         )
 
     async def views(self, *, with_leaving: bool = False) -> list[DeploymentView]:
@@ -293,8 +340,16 @@ class Registry:
         limiter = anyio.CapacityLimiter(VIEWS_AT_ONCE)
 
         async def look(app: str, name: str) -> None:
+            tag = deployment_tag(app, name)
             async with limiter:
-                found[app, name] = await self.view(app, name)
+                try:
+                    found[app, name] = await self.view(app, name)
+                except REFUSED as e:
+                    self.unreadable.add(tag)
+                    self._complaints.about(f"deployment {tag}", e)
+                else:
+                    self.unreadable.discard(tag)
+                    self._complaints.well(f"deployment {tag}")
 
         order = [
             (record.name, name)
@@ -307,7 +362,7 @@ class Registry:
                     tasks.start_soon(look, app, name)
         except ExceptionGroup as group:  # a caller that catches an outage must see it as one
             raise group.exceptions[0] from None
-        return [view for pair in order if (view := found[pair]) is not None]
+        return [view for pair in order if (view := found.get(pair)) is not None]
 
     async def without_the_dead(self, view: DeploymentView) -> DeploymentView:
         """The same without replicas that have no lease any more: it may take seconds until they are buried."""
@@ -330,6 +385,16 @@ class Registry:
     async def dead_dropped(self, tag: str) -> int:
         """Dead letters that were too old or too many to be kept."""
         return int(await self.client.hget(self.keys_of(tag).status, "dead_dropped") or 0)
+
+    def _read(self, cls: type[R], what: str, text: bytes) -> R | None:
+        """A record; None if some other program wrote it, which is said once."""
+        try:
+            record = read_record(cls, text)
+        except ValueError as e:
+            self._complaints.about(what, e)
+            return None
+        self._complaints.well(what)
+        return record
 
     async def now_ms(self) -> int:
         """The server's clock."""

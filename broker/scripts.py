@@ -14,6 +14,7 @@ from millstream.broker.states import State
 
 SWEEP_LIMIT = 100  # bounded loops: a script stalls everybody (100 releases take 2 to 3 ms)
 HOLD_MS = 3_600_000  # a large value that an open request will read is kept for an hour at a time
+BURIED_TTL_S = 3600  # the result of what nobody can read
 REPAIR_AFTER_MS = 3000  # a parked request is looked after this often; its submitter and its upstream do it at once
 
 
@@ -313,6 +314,19 @@ def release(keys: DeploymentKeys, lane: str, replica: str, cause: str, *, expire
         ),
         (lane, replica, cause, "expired" if expired else "died"),
         read,
+    )  # fmt: skip
+
+
+def bury(keys: DeploymentKeys, lane: str, entry: bytes, replica: str, cause: str) -> Call[list[Waiter]]:
+    """Put an entry that a replica cannot read with the dead letters, whatever attempts it has left. Twice is as once."""
+    return Call(
+        script("bury"),
+        (
+            keys.lane(lane), keys.open, keys.notes, keys.result_prefix, keys.reply_prefix, keys.deadlines, keys.holds,
+            keys.payload_prefix, keys.dead, keys.status,
+        ),
+        (lane, entry, replica, cause, BURIED_TTL_S),
+        _waiters,
     )  # fmt: skip
 
 

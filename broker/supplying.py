@@ -13,6 +13,7 @@ from millstream.broker.codec import Codec, codec_for
 from millstream.broker.keys import Keys, split_ref
 from millstream.broker.scripts import Waiter
 from millstream.config import Settings
+from millstream.errors import MillstreamError
 
 Run = Callable[[Call[Any]], Awaitable[Any]]
 AT_ONCE = 100  # values per call: each is an entry to be added
@@ -104,7 +105,10 @@ class Supplier:
         tag, ref = split_ref(ref_id)
         if outcome == b"unknown":
             return remote_errors.capture(outcomes.not_found(ref_id))
-        return outcomes.error_body(self._codec(tag), ref.encode(), outcome)
+        try:
+            return outcomes.error_body(self._codec(tag), ref.encode(), outcome)
+        except MillstreamError as e:  # it bears no signature of ours: that is what its dependants fail with
+            return remote_errors.capture(e)
 
     def _codec(self, tag: str) -> Codec:
         return codec_for(self._settings.secret_key, self._settings.namespace, tag)

@@ -4,17 +4,18 @@ Nothing is taken over by lease until this sweeper has watched for a full lease, 
 gap by the server's clock: an outage or a standstill of the server must not look like the death of everyone.
 """
 
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from millstream.broker import control_scripts, scripts
+from millstream.broker.complaints import Complaints
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
 from millstream.broker.lease import Lease
+from millstream.broker.link import REFUSED
 from millstream.broker.outcomes import ENDED_TTL_S, OVERDUE
-from millstream.broker.records import ReplicaRecord
+from millstream.broker.records import ReplicaRecord, read_record
 from millstream.broker.supplying import Run, Supplier
 from millstream.config import Settings
 
@@ -40,20 +41,32 @@ class Sweeper:
         self._unbroken_since: float | None = None
         self._looked_ms: float | None = None  # on the server's clock
         self._holds_cursors: dict[str, bytes] = {}
+        self._complaints = Complaints(log)
 
     def connection_was_broken(self) -> None:
         """Take nothing over by lease for a full lease: while we could not look, the living could not renew either."""
         self._unbroken_since = None
 
     async def step(self, tag: str) -> None:
-        """One pass. Raises what redis-py raises; the caller then calls `connection_was_broken`."""
+        """One pass. Raises what redis-py raises when the server is down; the caller then calls `connection_was_broken`.
+
+        What some other program has written there ends this pass, and no other: it is said once.
+        """
+        try:
+            await self._step(tag)
+        except REFUSED as e:
+            self._complaints.about(f"what stands under {{{self._keys.namespace}:{tag}}}", e)
+        else:
+            self._complaints.well(f"what stands under {{{self._keys.namespace}:{tag}}}")
+
+    async def _step(self, tag: str) -> None:
         keys = self._keys.deployment(tag)
         swept = await self._run(control_scripts.sweep(keys, self._holds_cursors.get(tag, b"0")))
         self._holds_cursors[tag] = swept.holds_cursor
         self._note_gap(swept.now_ms)
         for ref, missing in swept.stuck:
             for ref_id in missing:
-                await self._supplier.watch(f"{tag}~{ref.decode()}", ref_id)
+                await self._watch(f"{tag}~{ref.decode(errors='replace')}", ref_id)
         if swept.overdue:
             await self._expire(keys, swept.overdue)
         for key in swept.keep:
@@ -61,6 +74,12 @@ class Sweeper:
         for replica in swept.without_lease if self._has_watched_for_a_lease() else ():
             log.warning("replica %s of %s has no lease any more: its requests go to others", replica, tag)
             await bury(self._run, self._ask, self._supplier, keys, replica, "its lease expired", expired=True)
+
+    async def _watch(self, waiter_id: str, ref_id: str) -> None:
+        try:
+            await self._supplier.watch(waiter_id, ref_id)
+        except ValueError as e:  # it waits for what is no ref id
+            self._complaints.about(f"request {waiter_id}", e)
 
     async def _expire(self, keys: DeploymentKeys, refs: list[bytes]) -> None:
         _, waiters = await self._run(scripts.cancel(keys, ENDED_TTL_S, OVERDUE, refs, overdue=True))
@@ -89,7 +108,7 @@ async def bury(
     if expired and await ask("EXISTS", keys.lease(replica)):
         return 0  # it is back: its connections stay
     record = await ask("HGET", keys.replicas, replica)
-    for connection in ReplicaRecord(**json.loads(record)).connections if record else ():
+    for connection in _connections(record) if record else ():
         await ask("CLIENT", "KILL", "ID", connection)
     requeued = 0
     for lane in LANES:
@@ -104,3 +123,12 @@ async def bury(
     await ask("HDEL", keys.replicas, replica)
     await ask("DEL", keys.lease(replica))
     return requeued
+
+
+def _connections(record: bytes) -> list[int]:
+    """Of a replica by its record; none if that was written by some other program."""
+    try:
+        return read_record(ReplicaRecord, record).connections
+    except ValueError as e:
+        log.error("the record of a dead replica is not read: %s", e)
+        return []

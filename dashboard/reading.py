@@ -1,12 +1,12 @@
 """One look at everything the dashboard shows. Reads only: not even the record of a node long gone is swept from here."""
 
-import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from millstream.broker.connection import Control, ping
-from millstream.broker.records import AppRecord, DeploymentView, NodeRecord
+from millstream.broker.records import AppRecord, DeploymentView, NodeRecord, read_record
 from millstream.broker.registry import Registry
 from millstream.config import Settings
 
@@ -51,4 +51,8 @@ async def look(client: Control, settings: Settings) -> Look:
 async def _nodes(registry: Registry) -> list[NodeRecord]:
     """All nodes on record. `Registry.nodes` would also remove the dead ones."""
     rows = await registry.client.hgetall(registry.keys.nodes)
-    return [NodeRecord(**json.loads(text)) for _, text in sorted(rows.items())]
+    nodes = []
+    for _, text in sorted(rows.items()):
+        with suppress(ValueError):  # `Registry.nodes` says so
+            nodes.append(read_record(NodeRecord, text))
+    return nodes

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-import json
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from millstream.broker.outcomes import deploy_failed
+from millstream.broker.records import ReplicaRecord, read_record
 from millstream.handles.lines import Lines
 from millstream.handles.route import Pending, Route
 
@@ -56,8 +56,8 @@ class Patrol:
                 commands.send(functools.partial(looked, status), "HVALS", route.keys.replicas)
 
         def looked(status: list[bytes | None], replicas: Any) -> None:
-            if isinstance(replicas, list) and not any(json.loads(r)["state"] == "RUNNING" for r in replicas):
-                self._fail_all(route, *(text.decode() if text else "" for text in status[1:]))
+            if isinstance(replicas, list) and not any(map(_is_running, replicas)):
+                self._fail_all(route, *(text.decode(errors="replace") if text else "" for text in status[1:]))
 
         if commands is not None:
             commands.send(answered, "HMGET", route.keys.status, "state", "message", "traceback")
@@ -67,3 +67,10 @@ class Patrol:
         for pending in [p for p in self._pending.values() if p.codec.tag == route.tag]:
             self._pending.pop(pending.ref, None)
             pending.fail(error)
+
+
+def _is_running(record: bytes) -> bool:
+    try:
+        return read_record(ReplicaRecord, record).state == "RUNNING"
+    except ValueError:  # some other program wrote it
+        return False

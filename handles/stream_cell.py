@@ -15,6 +15,7 @@ from millstream.errors import BrokerUnavailableError, RefNotFoundError
 from millstream.handles.engine import Engine
 from millstream.handles.route import Route
 
+MOST_HEADER_BYTES = 20  # "item " and a number
 ROWS_AT_ONCE = 100  # of the record: with the largest items that lie there, that is 6 MB
 
 
@@ -94,6 +95,8 @@ class StreamCell:
 
     def _add(self, stored: bytes) -> None:
         header, _, body = stored.partition(b"\n")
+        if not header[5:].isdigit() or len(header) > MOST_HEADER_BYTES:
+            return  # some other program sent it
         number = int(header[5:])
         with self._lock:
             if number >= self._next:

@@ -24,6 +24,11 @@ SIMPLE = frozenset(
 )
 
 
+NUMBERS = frozenset({b"deadline", b"attempt", b"retries", b"stream", b"payload", b"max_attempts"})
+MOST_DIGITS = 15
+MOST_FIELDS = 3950  # a request can wait for 3900 refs at most (`hold`); a script hands over 8000 arguments at most
+
+
 class Attempt(NamedTuple):
     """One stream entry in the hands of this replica."""
 
@@ -73,10 +78,19 @@ class Attempt(NamedTuple):
 
 
 def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
-    """From the fields of a stream entry. Raises KeyError if it is not a request."""
+    """From the fields of a stream entry. Raises KeyError or ValueError if it is not a request."""
     if len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body":  # as submit writes it
         return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
+    if len(named) > MOST_FIELDS:
+        raise ValueError(f"it has {len(named)} fields")
+    if not (named[b"ref"] + named[b"method"] + named[b"reply"]).isascii():
+        raise ValueError("its ref, method or client is no plain text")
+    for name in NUMBERS & named.keys():
+        if not (named[name].isdigit() and len(named[name]) <= MOST_DIGITS):
+            raise ValueError(f"its {name.decode()} is {named[name][:50]!r}")
+    if b"retry" in named:
+        Retry.from_json(named[b"retry"])
     return Attempt(lane, entry, named[b"ref"], named[b"method"], named[b"reply"], named[b"body"], named)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,7 +12,13 @@ from typing import Any, NamedTuple
 from millstream.broker import pickling, remote_errors
 from millstream.broker.codec import Codec
 from millstream.broker.pickling import Pickled
-from millstream.errors import BrokerUnavailableError, MethodNotFoundError, MillstreamError, SerializationError
+from millstream.errors import (
+    BrokerUnavailableError,
+    MethodNotFoundError,
+    MillstreamError,
+    SerializationError,
+    SignatureError,
+)
 from millstream.handles import arguments
 from millstream.handles.context import Request, current
 from millstream.replicas.attempt import SIMPLE, Attempt
@@ -23,6 +30,8 @@ from millstream.replicas.producing import Producer
 from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
 from millstream.replicas.versions import OtherVersions
+
+log = logging.getLogger("millstream.replica")
 
 
 class Running:
@@ -346,14 +355,21 @@ class Executor:
             self._failed(attempt, error, where=self._where + (f", retry {tried}" if (tried := attempt.retries) else ""))
 
     def _failed(self, attempt: Attempt, error: BaseException, where: str = "") -> None:
+        if isinstance(error, SignatureError) and not where:  # none of its own code has run
+            log.error("an attempt at %s in lane %s was refused: %s", _name_of(attempt), attempt.lane, error)
         where = where or self._where
         if attempt.body[1:2] == b"j":  # a body of any length: it may be what is wrong
             envelope = self._codec.seal_json("error", attempt.ref, remote_errors.describe(error, where=where))
         else:
-            request = f"{self._codec.tag}~{attempt.ref.decode()}"
+            request = f"{self._codec.tag}~{_name_of(attempt)}"
             record = remote_errors.capture(error, where=where, request=request)
             envelope = self._codec.seal("error", attempt.ref, record)
         self._finisher.finish(attempt.lane, attempt.entry, attempt.ref, attempt.client, b"failed", envelope)
+
+
+def _name_of(attempt: Attempt) -> str:
+    """Its ref, which may be any bytes before its signature was verified."""
+    return attempt.ref[:100].decode(errors="replace")
 
 
 def _explained(error: Exception, value: Any, result_of: str) -> Exception:

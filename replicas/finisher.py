@@ -41,6 +41,7 @@ class Finisher:
         self._notices: dict[bytes, tuple[bytes, bytes]] = {}  # ref -> client, place
         self._in_the_air = 0
         self._is_scheduled = False
+        self._refusal = ""  # what the server said last, if it was no
         self.link: Link | None = None
         self.on_lost_value: Callable[[str, bytes, bytes, bytes], None] | None = None  # lane, entry, ref, client
 
@@ -84,7 +85,7 @@ class Finisher:
     def forget_value(self, ref: bytes, entry: bytes) -> None:
         """What this attempt has written under a key of its own is nobody's."""
         if self.link is not None:
-            self.link.send(_ignore, "UNLINK", self._keys.value(ref.decode(), entry.decode()))
+            self.link.send(_ignore, "UNLINK", self._keys.value(ref.decode(errors="replace"), entry.decode()))
 
     def _flush(self) -> None:
         self._is_scheduled = False
@@ -110,10 +111,12 @@ class Finisher:
         self._in_the_air -= 1
         if isinstance(reply, Exception):
             self._outcomes[lane] = batch + self._outcomes.get(lane, [])
-            if not isinstance(reply, BrokerUnavailableError):
+            if not isinstance(reply, BrokerUnavailableError) and str(reply) != self._refusal:
+                self._refusal = str(reply)  # said once, though it is tried again and again
                 log.error("finish was refused by the server and will be tried again: %s", reply)
             self._loop.call_later(RETRY_S, self._flush)  # unless a new connection sends it sooner
             return
+        self._refusal = ""
         refused, waiters = reply
         for position, why in refused.items():
             entry, ref, client = batch[position * FIELDS : position * FIELDS + 3]
@@ -121,7 +124,7 @@ class Finisher:
                 log.warning(
                     "request %s~%s was taken over while it ran here: its late result is dropped",
                     self._keys.tag,
-                    ref.decode(),
+                    ref.decode(errors="replace"),
                 )
             elif why is Finished.MISSING and self.on_lost_value is not None:
                 self.on_lost_value(lane, entry, ref, client)
@@ -149,7 +152,7 @@ class Finisher:
         self._notices.clear()
         for client, items in by_client.items():
             message = b"*%d\r\n%b" % (2 * len(items), b"".join(items))
-            link.send(_ignore, "SPUBLISH", self._keys.reply(client.decode()), message)
+            link.send(_ignore, "SPUBLISH", self._keys.reply(client.decode(errors="replace")), message)
 
 
 def _batches(outcomes: list[Any]) -> Iterator[list[Any]]:

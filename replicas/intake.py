@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from millstream.broker import scripts
@@ -31,6 +32,7 @@ class Intake:
         self.is_draining = False
         self.is_paused = False  # nothing new starts; what has been claimed goes back to its lane
         self._may_start_more = False  # a claim is in the air, or about to be
+        self.on_unreadable: Callable[[str, bytes, str], None] | None = None  # lane, entry, why
 
     @property
     def free(self) -> int:
@@ -148,10 +150,14 @@ class Intake:
     def _start_one(self, lane: str, entry: bytes, fields: list[bytes]) -> None:
         try:
             attempt = read_entry(lane, entry, fields)
-        except (KeyError, ValueError):  # it stays pending; whoever buries this replica puts it with the dead letters
+        except (KeyError, ValueError, TypeError, RecursionError) as e:
+            why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
             log.error(
-                "entry %s in %s is not a request: some other program wrote it", entry.decode(), self._keys.lane(lane)
-            )
+                "entry %s in %s is not a request (%s): some other program wrote it",
+                entry.decode(), self._keys.lane(lane), why,
+            )  # fmt: skip
+            if self.on_unreadable is not None:
+                self.on_unreadable(lane, entry, why)
             return
         self._executor.start(attempt)
 

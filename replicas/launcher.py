@@ -19,10 +19,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from millstream.broker import control_scripts
-from millstream.broker.connection import DOWN, Outage, backoff, open_control, run
+from millstream.broker.connection import ANY_TROUBLE, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
 from millstream.broker.lease import Lease
-from millstream.broker.records import Planned
+from millstream.broker.records import Planned, read_config
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
@@ -59,6 +59,7 @@ class Launcher:
         self._starts = Starts()
         self._replicas: dict[str, ReplicaProcess] = {}
         self._outage = Outage(log)
+        self._plan: dict[str, Planned] = {}
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._is_stopping = False
@@ -93,7 +94,7 @@ class Launcher:
             try:
                 await loop()
                 return
-            except DOWN as e:
+            except ANY_TROUBLE as e:
                 self._outage.began(e)
                 self._sweeper.connection_was_broken()
                 await anyio.sleep(next(delays))
@@ -144,7 +145,7 @@ class Launcher:
 
     async def step(self) -> None:
         """Compare the plan with what runs; start, drain, update, and kill what does not answer."""
-        plan = await self._registry.plan(self.node)
+        plan = self._plan = await self._registry.plan(self.node, self._plan)
         self._notice_a_stall()
         actions = reconcile(plan, self._running(plan))
         for replica in actions.drain:
@@ -193,7 +194,10 @@ class Launcher:
 
     async def _config(self, tag: str) -> DeploymentConfig:
         text = await self._client.hget(self._registry.keys_of(tag).config, "config")
-        return DeploymentConfig.from_json(text) if text else DeploymentConfig()
+        try:
+            return read_config(text) if text else DeploymentConfig()
+        except ValueError:  # `current` has said so
+            return DeploymentConfig()
 
     async def _kill_the_hung(self) -> None:
         self._kill_the_late()
@@ -219,7 +223,7 @@ class Launcher:
         except WarmFailed as e:
             for tag in tags:
                 await self._cannot_import(tag, version, e)
-        except DOWN:
+        except ANY_TROUBLE:
             return  # the next pass tries again
 
     async def _start(self, tag: str, version: str) -> None:
@@ -228,7 +232,7 @@ class Launcher:
             process = await self._fork(tag, version)
         except WarmFailed as e:
             await self._cannot_import(tag, version, e)
-        except DOWN as e:
+        except ANY_TROUBLE as e:
             log.warning("replica of %s not started: %s", tag, e)
         finally:  # in one go with its entry among the replicas: a pass in between would count it twice, and drain it
             self._starts.end(tag, version)
@@ -319,7 +323,7 @@ class Launcher:
         while True:
             try:
                 return await work()
-            except DOWN:
+            except ANY_TROUBLE:
                 await anyio.sleep(next(delays))
 
     def _died(self, process: ReplicaProcess) -> None:
@@ -359,14 +363,14 @@ class Launcher:
         """Drain every replica, wait for their ends, and take the node off the list."""
         try:
             await self._membership.leave()
-        except DOWN as e:
+        except ANY_TROUBLE as e:
             log.warning("the node could not be taken off the list: %s", e)
         give_up = time.monotonic() + DeploymentConfig().graceful_shutdown_timeout_s
         for tags in [*await self._callers_first(), [process.tag for process in self._replicas.values()]]:
             for process in [process for process in self._replicas.values() if process.tag in tags]:
                 try:
                     await self._drain(process)
-                except DOWN:
+                except ANY_TROUBLE:
                     await process.drain(DeploymentConfig().graceful_shutdown_timeout_s)
             while time.monotonic() < give_up and any(process.tag in tags for process in self._replicas.values()):
                 self._kill_the_late()
@@ -379,7 +383,7 @@ class Launcher:
         """Tags in the order to drain them: what finishes its requests may need those that it calls."""
         try:
             records = (await self._registry.apps()).values()
-        except DOWN:
+        except ANY_TROUBLE:
             return []
         return [[record.tags[i] for record in records if i < len(record.tags)] for i in range(MOST_WAVES)]
 

@@ -24,7 +24,7 @@ from millstream.broker.connection import Outage, backoff
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.broker.keys import Keys
 from millstream.broker.lease import Lease
-from millstream.broker.link import Link, dial
+from millstream.broker.link import REFUSED, Link, dial
 from millstream.broker.records import Current, ReplicaRecord
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
@@ -154,6 +154,7 @@ class Replica:
         self._intake = intake = Intake(
             self._keys, self._birth.replica, executor, served.max_ongoing(config), self._lease.block_s
         )
+        intake.on_unreadable = lambda *entry: self._start_chore(self._bury_unreadable(*entry))
         self._updater = updater = self._make_updater(served, intake, executor, finisher)
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
         housekeeping = asyncio.create_task(self._keep_house(intake, executor))
@@ -211,7 +212,7 @@ class Replica:
                 outage.ended()
                 await self._claim_until_lost(intake, reads, writes, hears)
                 return
-            except BrokerUnavailableError as e:
+            except (BrokerUnavailableError, *REFUSED) as e:
                 outage.began(e)
                 await asyncio.sleep(next(delays))
             finally:
@@ -251,6 +252,12 @@ class Replica:
         self._emitters.resume(writes)
         finisher.resume(writes)
 
+    async def _bury_unreadable(self, lane: str, entry: bytes, why: str) -> None:
+        """Put an entry that is not a request with the dead letters. After an outage it is found in our pending list again."""
+        with contextlib.suppress(BrokerUnavailableError):
+            cause = f"it is not a request ({why}): some other program wrote it"
+            await self._run(scripts.bury(self._keys, lane, entry, self._birth.replica, cause))
+
     def _recycle(self, why: str) -> None:
         """End this process in order, and have the launcher start another at once."""
         log.warning("replica %s is replaced: %s", self._birth.replica, why)
@@ -272,8 +279,9 @@ class Replica:
         await self._run(control_scripts.renew([lease], ttl_s, self._birth.replica))
 
     async def _keep_house(self, intake: Intake, executor: Executor) -> None:
-        """Once a second or more often, by the lease: sweep our deployment, and tell the launcher that we are well (if the server answers us)."""
-        sweeper = Sweeper(self._settings, self._run, self._ask)
+        """Once a second or more often, by the lease: sweep our deployment, and tell the launcher that we are well (if
+        the server answers us)."""
+        sweeper, outage = Sweeper(self._settings, self._run, self._ask), Outage(log)
         while True:
             await asyncio.sleep(min(HOUSEKEEPING_S, self._lease.look_every_s) * random.uniform(0.8, 1.2))
             try:
@@ -287,7 +295,10 @@ class Replica:
                     await self._renew_lease()
             except BrokerUnavailableError:
                 sweeper.connection_was_broken()
+            except REFUSED as e:
+                outage.began(e)
             else:
+                outage.ended()
                 await self._control.send({"well": len(executor.running)})
 
     async def _listen(self) -> None:

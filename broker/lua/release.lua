@@ -14,36 +14,14 @@ local dead, status = KEYS[7], KEYS[13]
 local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
 --include ending
 --include dead
+--include burying
 local time = redis.call('TIME')
 local cause = { replica = replica, cause = ARGV[3], at_ms = time[1] * 1000 + math.floor(time[2] / 1000) }
 
-local function take(entry)
-  local fields = redis.call('XRANGE', lane, entry, entry)[1][2]
-  local request = {}
-  for i = 1, #fields, 2 do request[fields[i]] = fields[i + 1] end
+local function take(entry, fields)
   redis.call('XACK', lane, 'replicas', entry)
   redis.call('XDEL', lane, entry)
-  return request
-end
-
-local function next_attempt(request)
-  local history = cjson.decode(request.history or '[]')
-  request.attempt = tonumber(request.attempt) or 1
-  cause.attempt = request.attempt
-  history[#history + 1] = cause
-  request.attempt, request.history = request.attempt + 1, cjson.encode(history)
-  request.lane = request.lane or lane_name
-end
-
-local function add(stream, request, ...)
-  local fields = {}
-  for name, value in pairs(request) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
-  end
-  local arguments = { ... }
-  for _, field in ipairs(fields) do arguments[#arguments + 1] = field end
-  return redis.call('XADD', stream, unpack(arguments))
+  return read_request(fields)
 end
 
 local requeued, buried = 0, 0
@@ -51,24 +29,21 @@ local pending = redis.pcall('XPENDING', lane, 'replicas', '-', '+', 100, replica
 if pending.err then return { 'released', 0, 0, 0, {} } end
 for _, row in ipairs(pending) do
   local entry = row[1]
-  if #redis.call('XRANGE', lane, entry, entry) == 0 then
+  local found = redis.call('XRANGE', lane, entry, entry)[1]
+  if not found then
     redis.call('XACK', lane, 'replicas', entry)
   else
-    local request = take(entry)
-    next_attempt(request)
-    local deaths = request.attempt - 1 - (tonumber(request.retries) or 0) -- what its code raised is counted apart
-    -- Without a ref it is no request: kept to be looked at.
-    if not request.ref or deaths >= (tonumber(request.max_attempts) or max_attempts) then
-      request.attempt = cause.attempt
-      add(dead, request, '*')
-      if request.ref then
-        conclude(request.ref, request.reply or '', 'dead ' .. lane_name .. ' ' .. entry, request.history, true)
-        if request.payload then redis.call('EXPIRE', payloads .. request.ref, DEAD_KEPT_S) end
-      end
+    local request = take(entry, found[2])
+    cause.attempt = request.attempt
+    local history = add_to_history(request, cause)
+    local deaths = request.attempt - (tonumber(request.retries) or 0) -- what its code raised is counted apart
+    -- What `open` does not name is no request: kept to be looked at.
+    if not is_open_at(request, lane_name .. ' ' .. entry) or deaths >= (tonumber(request.max_attempts) or max_attempts) then
+      bury(request, lane_name, entry, history)
       buried = buried + 1
     else
-      local again = add(KEYS[2], request, '*')
-      redis.call('HSET', open, request.ref, 'returned ' .. again)
+      request.attempt, request.history, request.lane = request.attempt + 1, history, request.lane or lane_name
+      redis.call('HSET', open, request.ref, 'returned ' .. add_entry(KEYS[2], request, '*'))
       requeued = requeued + 1
     end
   end

@@ -23,7 +23,8 @@ local function hold(ref, fields, due_ms, failure)
   end
   local counted = { attempt = request.attempt, retries = request.retries, history = request.history }
   if failure ~= '' then
-    local ending, history = cjson.decode(failure), cjson.decode(request.history or '[]')
+    local ending, is_json, history = cjson.decode(failure), pcall(cjson.decode, request.history or '[]')
+    if not is_json or type(history) ~= 'table' then history = {} end -- some other program wrote it
     ending.attempt, ending.at_ms = tonumber(request.attempt) or 1, now_ms
     history[#history + 1] = ending
     counted.attempt, counted.retries = ending.attempt + 1, (tonumber(request.retries) or 0) + 1

@@ -11,7 +11,9 @@ for i = 2, #ARGV, 2 do
 end
 local answers, open, fields = redis.call('MGET', unpack(keys)), nil, {}
 for position, stored in ipairs(answers) do
-  if not stored then
+  if stored == 'open' or stored == 'unknown' then
+    answers[position] = stored .. '\n' -- that is no result: some other program wrote it
+  elseif not stored then
     open = open or redis.call('HMGET', KEYS[1], unpack(refs))
     answers[position] = open[position] and 'open' or 'unknown'
     if open[position] then fields[#fields + 1] = refs[position] .. ':' .. ARGV[1] end

@@ -198,7 +198,7 @@ async def test_deployment_that_was_deployed_anew_is_not_closed(redis: Control, k
 
 async def test_record_is_replaced_if_it_is_the_one_that_was_read(redis: Control) -> None:
     async def replace(read: str, text: str) -> int:
-        return await run(redis, control_scripts.replace(ALL, "app", read, text))
+        return await run(redis, control_scripts.replace(ALL, "app", read.encode(), text))
 
     assert [await replace("", "a"), await replace("", "b"), await replace("a", "c"), await replace("a", "d")] == [
         1, 0, 1, 0,
