@@ -25,6 +25,7 @@ SIMPLE = frozenset(
 
 
 NUMBERS = frozenset({b"deadline", b"attempt", b"retries", b"stream", b"payload", b"max_attempts"})
+MOST_REF_BYTES = 255  # as an envelope can name it
 MOST_DIGITS = 15
 MOST_FIELDS = 3950  # a request can wait for 3900 refs at most (`hold`); a script hands over 8000 arguments at most
 
@@ -79,11 +80,13 @@ class Attempt(NamedTuple):
 
 def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
     """From the fields of a stream entry. Raises KeyError or ValueError if it is not a request."""
-    if len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body":  # as submit writes it
+    if len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body" and len(fields[1]) <= MOST_REF_BYTES:  # as submit writes it
         return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     if len(named) > MOST_FIELDS:
         raise ValueError(f"it has {len(named)} fields")
+    if len(named[b"ref"]) > MOST_REF_BYTES:
+        raise ValueError("its ref is longer than an envelope can name")
     if not (named[b"ref"] + named[b"method"] + named[b"reply"]).isascii():
         raise ValueError("its ref, method or client is no plain text")
     for name in NUMBERS & named.keys():

@@ -256,7 +256,10 @@ class Replica:
         """Put an entry that is not a request with the dead letters. After an outage it is found in our pending list again."""
         with contextlib.suppress(BrokerUnavailableError):
             cause = f"it is not a request ({why}): some other program wrote it"
-            await self._run(scripts.bury(self._keys, lane, entry, self._birth.replica, cause))
+            try:
+                await self._run(scripts.bury(self._keys, lane, entry, self._birth.replica, cause))
+            except REFUSED as e:
+                log.error("entry %s of %s cannot be buried: %s", entry.decode(), self._birth.tag, e)
 
     def _recycle(self, why: str) -> None:
         """End this process in order, and have the launcher start another at once."""

@@ -6,7 +6,8 @@ local MOST_FIELDS = 3950 -- Lua hands over 8000 arguments at most; what has more
 local function read_request(fields)
   local request = {}
   for i = 1, math.min(#fields, 2 * MOST_FIELDS), 2 do request[fields[i]] = fields[i + 1] end
-  request.attempt = tonumber(request.attempt) or 1
+  local attempt = tonumber(request.attempt) or 1
+  request.attempt = attempt >= 1 and attempt < 1e9 and attempt or 1 -- neither infinite nor no number: JSON has no such
   return request
 end
 

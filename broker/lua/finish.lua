@@ -40,10 +40,8 @@ for position, now_at in ipairs(redis.call('HMGET', open, unpack(refs))) do
   local i = position * 5 - 2
   local place = prefix .. ARGV[i]
   if now_at ~= place then
-    local why = why_refused(position, place, now_at)
-    refuse(position, why)
-    -- What is not open is nobody's: usually gone already; an entry that some other program wrote must not stay for ever.
-    if why == 'ended' then entries[#entries + 1] = ARGV[i] end
+    refuse(position, why_refused(position, place, now_at))
+    entries[#entries + 1] = ARGV[i] -- gone already, or some other program wrote it: then it must not stay for ever
   elseif lacks_value(refs[position], ARGV[i], ARGV[i + 4]) then
     refuse(position, 'missing')
   else

@@ -25,9 +25,11 @@ local function hold(ref, fields, due_ms, failure)
   if failure ~= '' then
     local ending, is_json, history = cjson.decode(failure), pcall(cjson.decode, request.history or '[]')
     if not is_json or type(history) ~= 'table' then history = {} end -- some other program wrote it
-    ending.attempt, ending.at_ms = tonumber(request.attempt) or 1, now_ms
+    local attempt = tonumber(request.attempt) or 1
+    if not (attempt >= 1 and attempt < 1e9) then attempt = 1 end
+    ending.attempt, ending.at_ms = attempt, now_ms
     history[#history + 1] = ending
-    counted.attempt, counted.retries = ending.attempt + 1, (tonumber(request.retries) or 0) + 1
+    counted.attempt, counted.retries = attempt + 1, (tonumber(request.retries) or 0) + 1
     counted.history = cjson.encode(history)
   end
   for name, value in pairs(counted) do

@@ -126,7 +126,8 @@ async def test_entry_that_is_no_request_stops_nothing_and_is_a_dead_letter(
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1 and f"entry {entry.decode()} in {stage.keys.lane('normal')}" in errors[0].getMessage()
     await wait_until(lambda: is_empty(redis, stage.keys.lane("normal")))
-    ((_, letter),) = await redis.xrange(stage.keys.dead)
+    rows: Any = await redis.xrange(stage.keys.dead)
+    ((_, letter),) = rows
     assert letter[b"what"] == b"ever" and b"some other program wrote it" in letter[b"history"]
 
 
