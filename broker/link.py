@@ -7,6 +7,7 @@ Reconnecting is the owner's business: a link that is lost stays lost.
 import asyncio
 import functools
 import logging
+import re
 import socket
 import ssl
 from collections import deque
@@ -183,6 +184,8 @@ _CANNOT_NOW = (
 
 
 _BYTES = {bytes}
+_NESTED = re.compile(rb"\r\n[*%~>|]")  # an array in an array; or a text that has that in it
+_HEADER, _TEXT = re.compile(rb"\*(\d{1,9})\r\n"), re.compile(rb"\$(\d{1,12})\r\n")
 
 
 class Messages:
@@ -195,16 +198,40 @@ class Messages:
         self._reader = hiredis.Reader()
 
     def read(self, message: bytes) -> list[bytes]:
-        self._reader.feed(message)
-        try:
-            items: Any = self._reader.gets()
-        except hiredis.ProtocolError:
-            items = None
+        if _may_be_huge(message):
+            items: Any = _take_apart(message)
+        else:
+            self._reader.feed(message)
+            try:
+                items = self._reader.gets()
+            except hiredis.ProtocolError:
+                items = None
         if type(items) is list and {*map(type, items)} <= _BYTES and not (len(items) % 2 or self._reader.has_data()):
             return items
         self._reader = hiredis.Reader()  # it may wait for the rest
         log.error("message %r on a reply channel is no reply: some other program sent it", message[:100])
         return []
+
+
+def _may_be_huge(message: bytes) -> bool:
+    """May it announce more items than it has? hiredis makes room for them first: 8 GB and 12 s for 16 bytes."""
+    if message[:9] == b"*2\r\n$22\r\n" and message[31:34] == b"\r\n$":  # of one request: two texts
+        return False
+    if message[:1] != b"*" or not message[1 : message.find(b"\r\n", 1, 8)].isdigit():
+        return True
+    return _NESTED.search(message) is not None
+
+
+def _take_apart(message: bytes) -> list[bytes] | None:
+    """As hiredis does, item by item, without believing it; None if it is no array of texts."""
+    header, at, items = _HEADER.match(message), 0, list[bytes]()
+    if header is None:
+        return None
+    at = header.end()
+    while (text := _TEXT.match(message, at)) is not None:
+        at = text.end() + int(text[1]) + 2
+        items.append(message[text.end() : at - 2])
+    return items if at == len(message) and len(items) == int(header[1]) else None
 
 
 def explain(reply: Exception) -> Exception:

@@ -12,7 +12,7 @@ import redis.exceptions
 from millstream.broker import link as link_module
 from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import Link, dial, explain
+from millstream.broker.link import Link, Messages, dial, explain
 from millstream.config import Settings
 from millstream.errors import BackPressureError, BrokerUnavailableError, RefNotFoundError
 from tests.helpers import deploy_config, finish, seed_running, wait_until
@@ -265,3 +265,19 @@ def test_server_that_cannot_now_is_unavailable(reply: Exception) -> None:
 @pytest.mark.parametrize("reply", [hiredis.ReplyError("ERR syntax error"), RefNotFoundError("ours already")])
 def test_everything_else_is_passed_on_as_it_is(reply: Exception) -> None:
     assert explain(reply) is reply
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"*2\r\n*999999999\r\n", b"*999999\r\n", b"*99999999999\r\n", b"*2\r\n%999999999\r\n", b"*2\r\n$1\r\na\r\n*9999999\r\n"],
+)
+def test_message_that_announces_more_than_it_has_is_not_believed(text: bytes) -> None:
+    assert Messages().read(text) == []
+
+
+@pytest.mark.parametrize("value", [b"\r\n* a list\r\n* in a text", b"\r\n", b"*2\r\n", b"\r\n%", b""])
+def test_message_may_hold_what_looks_like_another(value: bytes) -> None:
+    items = [b"r" * 22, value, b"s" * 22, b"a value"]
+    text = b"*4\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(item), item) for item in items)
+
+    assert Messages().read(text) == items
