@@ -131,7 +131,8 @@ class _Wire(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
-        self._scratch = bytearray(4096)  # for what comes while nobody wants it anywhere
+        # For what comes while nobody wants it anywhere. A view: what asyncio reads by TLS into a slice of a bytearray is lost.
+        self._scratch = memoryview(bytearray(4096))
         self._read = bytearray()  # from there, and not used yet
         self._target: memoryview | None = None
         self._news: asyncio.Future[None] | None = None
@@ -148,12 +149,12 @@ class _Wire(asyncio.BufferedProtocol):
 
     # asyncio.BufferedProtocol
 
-    def get_buffer(self, sizehint: int) -> memoryview | bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         return self._scratch if self._target is None else self._target
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._target is None:
-            self._read += memoryview(self._scratch)[:nbytes]
+            self._read += self._scratch[:nbytes]
         else:
             self._target = self._target[nbytes:]
             if self._target:

@@ -1,5 +1,6 @@
 """Connections for everything but the hot path, over redis-py: control plane, autoscaler, dashboard, CLI."""
 
+import asyncio
 import logging
 import random
 import time
@@ -12,12 +13,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from millstream.broker.call import Call
-from millstream.broker.link import REFUSED, explain, foreign
-from millstream.config import Settings, redact
+from millstream.broker.link import CONNECT_TIMEOUT_S, REFUSED, cannot_reach, explain, foreign
+from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 
 T = TypeVar("T")
 Control = redis.asyncio.Redis
+
+PING_TIMEOUT_S = 2 * CONNECT_TIMEOUT_S  # the client's own tries would add up to four times as long
 
 # What counts as "the server is down", as opposed to "the server said no".
 DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError)
@@ -64,13 +67,12 @@ async def run(client: Control, call: Call[T]) -> T:
 
 
 async def ping(client: Control, settings: Settings) -> None:
-    """Raises BrokerUnavailableError, in one line that names the server, if it does not answer."""
+    """Raises BrokerUnavailableError, in one line that names the server, if it does not answer within PING_TIMEOUT_S."""
     try:
-        await client.ping()
-    except (*DOWN, redis.exceptions.ResponseError, OSError) as e:
-        raise BrokerUnavailableError(
-            f"cannot reach the server at {redact(settings.url)}: {e}; is it running, and is the password right?"
-        ) from e
+        async with asyncio.timeout(PING_TIMEOUT_S):
+            await client.ping()
+    except (*ANY_TROUBLE, OSError) as e:
+        raise cannot_reach(settings, e) from e
 
 
 class Outage:

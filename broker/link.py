@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import hiredis
 import redis.exceptions
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import SSLConnection, parse_url
 
 from millstream.broker.call import Call, Script
 from millstream.config import Settings, redact
@@ -183,6 +183,15 @@ _CANNOT_NOW = (
 )
 
 
+def _context(address: dict[str, Any]) -> ssl.SSLContext | None:
+    """For TLS, what redis-py makes of the ssl_... options of a URL; so both transports agree on them."""
+    if not issubclass(address.get("connection_class", object), SSLConnection):
+        return None
+    options = {name: value for name, value in address.items() if name.startswith("ssl_")}
+    context: ssl.SSLContext = SSLConnection(**options).ssl_context.get()
+    return context
+
+
 _BYTES = {bytes}
 _NESTED = re.compile(rb"\r\n[*%~>|]")  # an array in an array; or a text that has that in it
 _HEADER, _TEXT = re.compile(rb"\*(\d{1,9})\r\n"), re.compile(rb"\$(\d{1,12})\r\n")
@@ -270,16 +279,26 @@ def foreign(what: str) -> SignatureError:
     )
 
 
+def cannot_reach(settings: Settings, error: Exception) -> BrokerUnavailableError:
+    """What is to be said where there is no connection, in one line that names the server and what to look at."""
+    reason = "no answer" if isinstance(error, TimeoutError) else error
+    look_at = "is it running, and is the password right?"
+    if isinstance(error, ssl.SSLError) or "SSL" in str(error):
+        look_at = (
+            "does it speak TLS on that port, and is ssl_ca_certs the file of the authority that signed its certificate?"
+        )
+    elif isinstance(error, FileNotFoundError) and settings.url.startswith("rediss"):
+        look_at = "are the files there that ssl_ca_certs, ssl_certfile and ssl_keyfile name?"
+    return BrokerUnavailableError(f"cannot reach the server at {redact(settings.url)}: {reason}; {look_at}")
+
+
 async def dial(settings: Settings, name: str, on_message: Callable[[bytes], None] | None = None) -> Link:
     """Connect, authenticate, and name the connection. Raises BrokerUnavailableError, within CONNECT_TIMEOUT_S."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             return await _dial(settings, name, on_message)
-    except (OSError, TimeoutError, hiredis.HiredisError, BrokerUnavailableError) as e:
-        reason = "no answer" if isinstance(e, TimeoutError) else e
-        raise BrokerUnavailableError(
-            f"cannot reach the server at {redact(settings.url)}: {reason}; is it running, and is the password right?"
-        ) from e
+    except (OSError, TimeoutError, hiredis.HiredisError, redis.exceptions.RedisError, BrokerUnavailableError) as e:
+        raise cannot_reach(settings, e) from e
 
 
 async def _dial(settings: Settings, name: str, on_message: Callable[[bytes], None] | None) -> Link:
@@ -292,9 +311,8 @@ async def _dial(settings: Settings, name: str, on_message: Callable[[bytes], Non
     if "path" in address:
         _, link = await loop.create_unix_connection(make, address["path"])
     else:
-        secure = ssl.create_default_context() if settings.url.startswith("rediss://") else None
         host, port = address.get("host", "localhost"), address.get("port", 6379)
-        _, link = await loop.create_connection(make, host, port, ssl=secure)
+        _, link = await loop.create_connection(make, host, port, ssl=_context(address))
     try:
         if address.get("password"):
             await link.ask("AUTH", *filter(None, (address.get("username"), address["password"])))

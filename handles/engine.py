@@ -255,3 +255,4 @@ async def _close_with_loop(engine: Engine) -> AsyncGenerator[None, None]:
         yield
     finally:
         engine.close()
+        await engine.lines.until_ended()

@@ -116,6 +116,7 @@ class Background:
         started.set()
         await self._is_closed.wait()
         self.engine.close(tell_who_waits=not self._is_exit)
+        await self.engine.lines.until_ended()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run a coroutine there and block for its result."""

@@ -16,6 +16,7 @@ from millstream.errors import BrokerUnavailableError
 
 PATIENCE_S = 30.0  # how long requests that no server has acknowledged survive an outage
 LOOK_EVERY_S = 0.5
+GOODBYE_S = 0.5
 
 
 class User(Protocol):
@@ -40,6 +41,7 @@ class Lines:
         self.bulk = Bulk(settings, name, patience_s=PATIENCE_S)
         self._connector: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._ending: list[asyncio.Future[None]] = []
         self.is_closed = False
 
     @property
@@ -79,6 +81,7 @@ class Lines:
     def close(self) -> None:
         """Close the links for good; what was sent last still goes out."""
         self.is_closed = True
+        self._ending = [link.lost for link in (self.commands, self.replies) if link is not None]
         if self.commands is not None:
             self.commands.finish()
         for task in (self._connector, self._connecting):
@@ -86,6 +89,11 @@ class Lines:
                 task.cancel()
         self._drop()
         self.bulk.close()
+
+    async def until_ended(self) -> None:
+        """After `close`, and before the end of the loop: TLS says goodbye to the server, and hears its answer."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=GOODBYE_S)
 
     async def _connect(self) -> None:
         if self._connecting is None:

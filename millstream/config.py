@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -59,9 +60,10 @@ class Settings:
 
 
 def redact(url: str) -> str:
-    """The URL without its password, for messages and logs."""
+    """The URL without its passwords, for messages and logs."""
     scheme, separator, rest = url.partition("://")
     credentials, at, host = rest.rpartition("@")
+    host = re.sub(r"(password=)[^&]*", r"\1***", host)
     return f"{scheme}{separator}{'***@' if at and credentials else ''}{host}"
 
 

@@ -80,7 +80,9 @@ class Attempt(NamedTuple):
 
 def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
     """From the fields of a stream entry. Raises KeyError or ValueError if it is not a request."""
-    if len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body" and len(fields[1]) <= MOST_REF_BYTES:  # as submit writes it
+    if (
+        len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body" and len(fields[1]) <= MOST_REF_BYTES
+    ):  # as submit writes it
         return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     if len(named) > MOST_FIELDS:

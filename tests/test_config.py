@@ -101,6 +101,7 @@ def test_child_process_finds_the_same_settings(monkeypatch: pytest.MonkeyPatch) 
         ("redis://:p@ss@host", "redis://***@host"),
         ("redis://host:1/0", "redis://host:1/0"),
         ("unix:///tmp/socket", "unix:///tmp/socket"),
+        ("rediss://host?ssl_password=pw&db=1", "rediss://host?ssl_password=***&db=1"),
     ],
 )
 def test_redacted_url_names_the_server_only(url: str, shown: str) -> None:

@@ -269,7 +269,13 @@ def test_everything_else_is_passed_on_as_it_is(reply: Exception) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"*2\r\n*999999999\r\n", b"*999999\r\n", b"*99999999999\r\n", b"*2\r\n%999999999\r\n", b"*2\r\n$1\r\na\r\n*9999999\r\n"],
+    [
+        b"*2\r\n*999999999\r\n",
+        b"*999999\r\n",
+        b"*99999999999\r\n",
+        b"*2\r\n%999999999\r\n",
+        b"*2\r\n$1\r\na\r\n*9999999\r\n",
+    ],
 )
 def test_message_that_announces_more_than_it_has_is_not_believed(text: bytes) -> None:
     assert Messages().read(text) == []

@@ -51,7 +51,12 @@ class Canary:
     def envelopes(self, namespace: str, tag: str, ref: bytes, method: bytes = b"") -> list[bytes]:
         """The bomb in every envelope that somebody without the secret can make; of all kinds."""
         with_buffers = b"\x01\0\0\0" + (3).to_bytes(8, "little") + self.bomb + b"abc"
-        forged = [b"\x01p" + bytes(16) + self.bomb, b"\x01b" + bytes(16) + with_buffers, self.bomb, b"\x01j" + self.bomb]
+        forged = [
+            b"\x01p" + bytes(16) + self.bomb,
+            b"\x01b" + bytes(16) + with_buffers,
+            self.bomb,
+            b"\x01j" + self.bomb,
+        ]
         for key in (b"another secret", b"\0"):
             codec = codec_for(key, namespace, tag)
             forged += [codec.seal(kind, ref, self.bomb, method) for kind in ("request", "value", "error", "item")]

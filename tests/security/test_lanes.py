@@ -44,7 +44,9 @@ FIELDS = st.sampled_from(
         "history", "lane", "retry", "retries", "dep:app.Model~" + "r" * 22, "dep:nonsense", "something else",
     ]
 )  # fmt: skip
-VALUES = st.one_of(GARBAGE, st.sampled_from([REF, b"__call__", b"slow", b"sync", b"1", b"99999999999999"]), st.just(genuine()))
+VALUES = st.one_of(
+    GARBAGE, st.sampled_from([REF, b"__call__", b"slow", b"sync", b"1", b"99999999999999"]), st.just(genuine())
+)
 ENTRIES = st.one_of(
     st.dictionaries(FIELDS, VALUES, min_size=1, max_size=8),
     st.tuples(st.sampled_from([b"__call__", b"sync", b"\xff"]), st.one_of(damaged(genuine()), GARBAGE)).map(
@@ -77,7 +79,9 @@ def test_whatever_is_written_to_a_lane_ends_and_replicas_serve_on(
     @example("normal", {"ref": b"r" * 300, "method": b"\xff", "reply": b"\xff", "body": b"\x01jjunk"})
     @example("normal", {"ref": REF, "method": b"__call__", "reply": b"\xff", "body": genuine(), "want": b"matched"})
     @example("returned", {"ref": REF, "method": b"__call__", "reply": b"", "body": genuine(), "payload": b"9" * 15})
-    @example("low", {"ref": REF, "method": b"sync", "reply": b"", "body": genuine(method=b"sync"), "deadline": b"1" * 15})
+    @example(
+        "low", {"ref": REF, "method": b"sync", "reply": b"", "body": genuine(method=b"sync"), "deadline": b"1" * 15}
+    )
     @example("high", {"ref": REF, "method": b"__call__", "reply": b"", "body": b"x" * OVERSIZED_BYTES})
     def try_one(lane: str, entry: dict[str, bytes]) -> None:
         number = next(numbers)
@@ -156,7 +160,9 @@ def test_same_bytes_twice_have_one_result(handle: SyncHandle, enemy: "redis.Redi
     local = ref.id.partition("~")[2]
     before = enemy.get(KEYS.result(local))
 
-    enemy.xadd(KEYS.lane("normal"), {"ref": local, "method": b"__call__", "reply": b"", "body": genuine(1, local.encode())})
+    enemy.xadd(
+        KEYS.lane("normal"), {"ref": local, "method": b"__call__", "reply": b"", "body": genuine(1, local.encode())}
+    )
 
     wait_for(lambda: are_empty(enemy), 20)
     assert enemy.get(KEYS.result(local)) == before

@@ -54,7 +54,14 @@ def message(*items: bytes) -> bytes:
 STORED = st.one_of(
     GARBAGE,
     st.sampled_from(
-        [b"running x\n", b"item \n\n", b"item x\njunk\n", b"item 99999999999999999\n", b"succeeded normal 1-1\n", b"item 3\n"]
+        [
+            b"running x\n",
+            b"item \n\n",
+            b"item x\njunk\n",
+            b"item 99999999999999999\n",
+            b"succeeded normal 1-1\n",
+            b"item 3\n",
+        ]
     ),
     st.sampled_from([b"succeeded - -\n", b"failed normal 1-1\n", b"dead - -\n", b"item 0\n"]).flatmap(
         lambda header: GARBAGE.map(lambda body: header + body)
@@ -64,7 +71,9 @@ MESSAGES = st.one_of(
     GARBAGE,
     damaged(message(REF, b"succeeded normal 1-1\n" + CODEC.seal("value", REF, b"N."))),
     st.lists(st.one_of(st.just(REF), STORED), max_size=4).map(lambda items: message(*items)),
-    st.sampled_from([b"*1\r\n:1\r\n", b"*2\r\n*999999999\r\n", b"*-1\r\n", b"$5\r\nab", b"*2\r\n:1\r\n+a\r\n", b"_\r\n", b"*0\r\n"]),
+    st.sampled_from(
+        [b"*1\r\n:1\r\n", b"*2\r\n*999999999\r\n", b"*-1\r\n", b"$5\r\nab", b"*2\r\n:1\r\n+a\r\n", b"_\r\n", b"*0\r\n"]
+    ),
 )
 
 
@@ -169,9 +178,7 @@ def test_nonsense_on_a_channel_of_orders_changes_nothing(handle: SyncHandle, ene
     assert b"RUNNING" in replica
 
 
-def test_forged_order_to_cancel_costs_the_request_and_not_the_replica(
-    handle: SyncHandle, enemy: "redis.Redis"
-) -> None:
+def test_forged_order_to_cancel_costs_the_request_and_not_the_replica(handle: SyncHandle, enemy: "redis.Redis") -> None:
     """Who may publish can have running requests stop: the threat model says so. Their callers do not hang."""
     (channel,) = [channel.decode() for channel in enemy.pubsub_shardchannels(f"{KEYS.orders('')}*")]
     pending = handle.options(timeout_s=1.0).wait.remote(1)
