@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -15,7 +16,7 @@ from redis.backoff import ExponentialBackoff
 from millstream.broker.call import Call
 from millstream.broker.link import CONNECT_TIMEOUT_S, REFUSED, cannot_reach, explain, foreign
 from millstream.config import Settings
-from millstream.errors import BrokerUnavailableError
+from millstream.errors import BrokerUnavailableError, ConfigError
 
 T = TypeVar("T")
 Control = redis.asyncio.Redis
@@ -28,6 +29,7 @@ ANY_TROUBLE = (
     redis.exceptions.RedisError,
     BrokerUnavailableError,
     *REFUSED,
+    ConfigError,
 )  # down, or no: NOPERM, an unknown command, ...
 
 
@@ -66,12 +68,23 @@ async def run(client: Control, call: Call[T]) -> T:
         raise foreign(str(e)) from e
 
 
+@contextmanager
+def rights_explained() -> Iterator[None]:
+    """What the server's user may not do is a ConfigError, also where redis-py says so."""
+    try:
+        yield
+    except redis.exceptions.NoPermissionError as e:
+        raise explain(e) from e
+
+
 async def ping(client: Control, settings: Settings) -> None:
     """Raises BrokerUnavailableError, in one line that names the server, if it does not answer within PING_TIMEOUT_S."""
     try:
         async with asyncio.timeout(PING_TIMEOUT_S):
             await client.ping()
-    except (*ANY_TROUBLE, OSError) as e:
+    except redis.exceptions.NoPermissionError as e:
+        raise explain(e) from e
+    except (redis.exceptions.RedisError, BrokerUnavailableError, OSError) as e:
         raise cannot_reach(settings, e) from e
 
 

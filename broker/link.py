@@ -23,6 +23,7 @@ from millstream.config import Settings, redact
 from millstream.errors import (
     BackPressureError,
     BrokerUnavailableError,
+    ConfigError,
     MillstreamError,
     PayloadTooLargeError,
     SignatureError,
@@ -195,6 +196,7 @@ def _context(address: dict[str, Any]) -> ssl.SSLContext | None:
 _BYTES = {bytes}
 _NESTED = re.compile(rb"\r\n[*%~>|]")  # an array in an array; or a text that has that in it
 _HEADER, _TEXT = re.compile(rb"\*(\d{1,9})\r\n"), re.compile(rb"\$(\d{1,12})\r\n")
+_NO_PERMISSION = ("NOPERM", "ACL failure in script", "The user executing the script can't")  # the last: Redis 7.0
 
 
 class Messages:
@@ -259,6 +261,11 @@ def explain(reply: Exception) -> Exception:
         reply, _CANNOT_NOW
     ):
         return BrokerUnavailableError(f"the server cannot take commands now ({text})")
+    if isinstance(reply, redis.exceptions.NoPermissionError) or any(words in text for words in _NO_PERMISSION):
+        return ConfigError(
+            f"the server's user may not do that: NOPERM {text.removeprefix('NOPERM ')}; "
+            "what each part of millstream needs is in docs/keyspace.md, under access rules"
+        )
     if "TOOMANYREFS" in text:
         return PayloadTooLargeError("a request can wait for 3900 refs at most; pass the others inside a list, as refs")
     if text.startswith("NOGROUP"):

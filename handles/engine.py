@@ -227,11 +227,20 @@ class Engine:
         """After a reconnect: subscribe again, send what was not acknowledged, re-read the rest."""
         try:
             for route in list(self._routes.values()):
-                await self.sender.ready(route)
-                self.sender.flush(route)
+                await self._resume(route)
             await self._read_again()
         except MillstreamError:
             return  # lost again; the next connection starts over
+
+    async def _resume(self, route: Route) -> None:
+        try:
+            await self.sender.ready(route)
+        except BrokerUnavailableError:
+            raise
+        except MillstreamError as e:  # we may not listen any more
+            self.sender.refuse_unsent(route, e)
+        else:
+            self.sender.flush(route)
 
     def on_tick(self) -> None:
         self.drops.flush()

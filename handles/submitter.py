@@ -272,6 +272,12 @@ class Submitter:
         refs, route.buffer, route.buffered_bytes = route.buffer[::FIELDS], [], 0
         self.refused(route, refs, error)
 
+    def refuse_unsent(self, route: Route, error: MillstreamError) -> None:
+        """Fail what waits here to be sent."""
+        self._fail_buffer(route, error)
+        if (line := self._patient.get(route.tag)) is not None:
+            line.close(error)
+
     def give_up_on_old(self, route: Route, error: Exception) -> None:
         waiting = (self._pending[ref] for ref in route.buffer[::FIELDS] if ref in self._pending)
         oldest = next(waiting, None)
@@ -291,12 +297,9 @@ class Submitter:
         try:
             await self.ready(route)
         except MillstreamError as e:
-            if (
-                not self._lines.has_been_up
-            ):  # else the connector goes on, flushes in the end, and gives up on what is old
-                self._fail_buffer(route, e)
-                if (line := self._patient.get(route.tag)) is not None:
-                    line.close(e)
+            # Of an outage after the first connection, the connector makes an end: it flushes, and gives up on what is old.
+            if not self._lines.has_been_up or not isinstance(e, BrokerUnavailableError):
+                self.refuse_unsent(route, e)
         else:
             self.flush(route)
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from millstream import embedded
-from millstream.broker.connection import open_control
+from millstream.broker.connection import open_control, rights_explained
 from millstream.broker.registry import Registry, connect_registry
 from millstream.config import Settings, find_settings, redact, state_folder
 from millstream.errors import ConfigError
@@ -138,7 +138,8 @@ def with_registry(work: Callable[[Registry], Awaitable[T]]) -> T:
     async def go() -> T:
         client = open_control(settings, "ms:control")
         try:
-            return await work(await connect_registry(client, settings))
+            with rights_explained():
+                return await work(await connect_registry(client, settings))
         finally:
             await client.aclose()
 

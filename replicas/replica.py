@@ -30,7 +30,7 @@ from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
 from millstream.broker.tracebacks import user_traceback
 from millstream.config import DeploymentConfig, Settings
-from millstream.errors import BrokerUnavailableError
+from millstream.errors import BrokerUnavailableError, ConfigError
 from millstream.replicas.context import ReplicaContext, inside
 from millstream.replicas.control import Overseer
 from millstream.replicas.execution import Executor
@@ -103,6 +103,9 @@ class Replica:
             if served is None:
                 return 1
             return await self._serve(served)
+        except ConfigError as e:  # the server's user lacks a right
+            await self._control.send({"failed": str(e), "traceback": ""})
+            return 1
         finally:
             listening.cancel()
 

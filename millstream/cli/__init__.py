@@ -87,7 +87,7 @@ def _explained(error: BaseException) -> int:
         case MillstreamError() | TimeoutError():
             _say(str(error))
         case _ if _is_the_servers(error):
-            _say(f"the server refused a command: {error}")
+            _say(f"the server refused a command: {_as_ours(error)}")
         case _:
             raise error
     return 1
@@ -97,6 +97,12 @@ def _is_the_servers(error: BaseException) -> bool:
     from millstream.broker.connection import ANY_TROUBLE
 
     return isinstance(error, ANY_TROUBLE)
+
+
+def _as_ours(error: BaseException) -> BaseException:
+    from millstream.broker.link import explain
+
+    return explain(error) if isinstance(error, Exception) else error
 
 
 def _say(text: str) -> None:

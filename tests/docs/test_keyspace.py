@@ -280,9 +280,10 @@ def test_words_that_submit_answers_are_those_on_the_page() -> None:
 # the access rule
 
 
-def access_rule(password: str = "<password>") -> list[str]:
-    (block,) = [block for block in pages.blocks(pages.KEYSPACE, "text") if block.text.startswith("ACL ")]
-    return block.text.replace("<password>", password).split()[1:]
+def access_rule(password: str = "<password>", user: str = "millstream") -> list[str]:
+    """The words after ACL of what makes this user."""
+    (rule,) = [block.text for block in pages.blocks(pages.KEYSPACE, "text") if f"SETUSER {user} " in block.text]
+    return rule.replace("<password>", password).split()[1:]
 
 
 @pytest.mark.parametrize("path", sorted(LUA.glob("*.lua")), ids=lambda path: path.stem)
