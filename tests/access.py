@@ -1,6 +1,6 @@
 """Users of a server with the rights that docs/keyspace.md gives them, or fewer."""
 
-import redis
+from typing import Any
 
 from tests.docs import pages
 from tests.servers import Server
@@ -24,7 +24,7 @@ def make_user(server: Server, user: str, *without: str) -> str:
     return f"redis://{user}:{PASSWORD}@127.0.0.1:{server.port}"
 
 
-def refused(client: "redis.Redis") -> list[str]:
+def refused(client: Any) -> list[str]:
     """What the server has refused to anybody, since it was last asked for that."""
     rows = client.execute_command("ACL", "LOG")
     client.execute_command("ACL", "LOG", "RESET")

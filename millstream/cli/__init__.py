@@ -61,8 +61,11 @@ def main() -> NoReturn:
 
 
 def _only_one_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one that there is, or the first of several that say the same: the server refused what they asked."""
     error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) > 1 and not all(_is_the_servers(one) for one in error.exceptions):
+            break
         error = error.exceptions[0]
     return error
 

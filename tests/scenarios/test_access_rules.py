@@ -137,6 +137,7 @@ def test_caller_without_a_right_is_told_so_at_once(private: Server, shell: Shell
 
 
 def call(url: str) -> None:
+    millstream.shutdown()  # what it may not do now, its connections may have done before
     millstream.init(url, secret_key=SECRET)
     serve.get_deployment_handle("Streamer", sync=True).echo.call("here")
 
