@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import hiredis
@@ -32,7 +32,8 @@ class Proxy:
         parts = urlsplit(url)
         assert parts.hostname is not None and parts.port is not None
         self._parts, self._target = parts, (parts.hostname, parts.port)
-        self._pairs: set[_Pair] = set()
+        self._pairs: set[_Pair] = set()  # that are open
+        self._serving: set[asyncio.Task[Any]] = set()
         self._fate: Callable[[], Limits] = Limits
         self._flow = asyncio.Event()
         self.delay_s = 0.0  # before each piece, in both directions
@@ -119,13 +120,17 @@ class Proxy:
         started.set()
         await self._stop.wait()
         listener.close()
-        tasks = [pair.task for pair in self._pairs]
-        for task in tasks:
+        for task in self._serving:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        await asyncio.sleep(0)  # for the last transports to be closed
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
             there = await asyncio.open_connection(*self._target)
         except OSError:
@@ -141,12 +146,9 @@ class _Pair:
     """One client's connection, and the one to the server that stands for it."""
 
     def __init__(self, proxy: Proxy, client: Ends, server: Ends) -> None:
-        self._proxy, self._client, self._server = proxy, client, server
+        self._proxy, self._client, self._server, self._ends = proxy, client, server, (client, server)
         self._replies = hiredis.Reader()
         self.limits = proxy._fate()
-        task = asyncio.current_task()
-        assert task is not None
-        self.task = task
 
     async def run(self) -> None:
         self._proxy._pairs.add(self)
@@ -156,16 +158,19 @@ class _Pair:
         ]
         try:
             await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:  # the proxy ends; the stream server would complain of a cancelled handler
-            pass
-        finally:
             self._proxy._pairs.discard(self)
+            self.close()
+            await asyncio.gather(*[writer.wait_closed() for _, writer in self._ends], return_exceptions=True)
+        except asyncio.CancelledError:  # the proxy ends; the stream server would complain of a cancelled handler
+            for _, writer in self._ends:
+                writer.transport.abort()
+        finally:
             for one in directions:
                 one.cancel()
-            self.close()
+            await asyncio.gather(*directions, return_exceptions=True)
 
     def close(self) -> None:
-        for _, writer in (self._client, self._server):
+        for _, writer in self._ends:
             writer.close()  # what was passed on before still arrives
 
     async def _pump(
