@@ -16,7 +16,7 @@ from millstream.autoscaler.placement import place
 from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import control_scripts
-from millstream.broker.connection import ANY_TROUBLE, DOWN, Outage, backoff, open_control, run
+from millstream.broker.connection import ANY_TROUBLE, DOWN, Outage, backoff, explained, open_control, run
 from millstream.broker.records import DeploymentView, Planned
 from millstream.broker.registry import Registry
 from millstream.broker.sweeper import Sweeper
@@ -140,7 +140,9 @@ class Autoscaler:
             if view.target == 0 and is_scaled(view.config, view.override):
                 lanes = self._registry.keys_of(view.tag).lanes
                 streams.update(zip(lanes, view.backlog.last_ids, strict=True))
-        for name, entries in await self._client.xread(streams, block=self._tick_ms) or ():
+        with explained():
+            added = await self._client.xread(streams, block=self._tick_ms)
+        for name, entries in added or ():
             if name.decode() == self._registry.keys.changes:
                 self._last_change = entries[-1][0].decode()
 

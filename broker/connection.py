@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from millstream.broker.call import Call
-from millstream.broker.link import CONNECT_TIMEOUT_S, REFUSED, cannot_reach, explain, foreign
+from millstream.broker.link import CANNOT_NOW, CONNECT_TIMEOUT_S, REFUSED, cannot_reach, explain, foreign
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, ConfigError
 
@@ -24,7 +24,7 @@ Control = redis.asyncio.Redis
 PING_TIMEOUT_S = 2 * CONNECT_TIMEOUT_S  # the client's own tries would add up to four times as long
 
 # What counts as "the server is down", as opposed to "the server said no".
-DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError)
+DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError, *CANNOT_NOW)
 ANY_TROUBLE = (
     redis.exceptions.RedisError,
     BrokerUnavailableError,
@@ -52,16 +52,11 @@ def open_control(settings: Settings, name: str) -> Control:
 
 async def run(client: Control, call: Call[T]) -> T:
     """Carry out one script. Raises as `explain` and redis-py do."""
-    try:
+    with explained():
         try:
             reply = await client.evalsha(call.script.sha.decode(), len(call.keys), *call.keys, *call.arguments)
         except redis.exceptions.NoScriptError:
             reply = await client.eval(call.script.source.decode(), len(call.keys), *call.keys, *call.arguments)
-    except redis.exceptions.ResponseError as e:
-        explained = explain(e)
-        if explained is e:
-            raise
-        raise explained from e
     try:
         return call.read(reply)
     except (ValueError, TypeError, IndexError, AttributeError) as e:  # the script has handed on what stood in Redis
@@ -75,6 +70,18 @@ def rights_explained() -> Iterator[None]:
         yield
     except redis.exceptions.NoPermissionError as e:
         raise explain(e) from e
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What the server refuses, as `explain` has it. Plain commands that block need it: a demotion ends them in an error."""
+    try:
+        yield
+    except redis.exceptions.ResponseError as e:
+        error = explain(e)
+        if error is e:
+            raise
+        raise error from e
 
 
 async def ping(client: Control, settings: Settings) -> None:

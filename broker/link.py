@@ -177,7 +177,7 @@ def _settle(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_result(reply)
 
 
-_CANNOT_NOW = (
+CANNOT_NOW = (
     redis.exceptions.ReadOnlyError,
     redis.exceptions.MasterDownError,
     redis.exceptions.ClusterDownError,
@@ -258,7 +258,7 @@ def explain(reply: Exception) -> Exception:
         )
     # UNBLOCKED: the server was demoted while we waited in it.
     if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")) or isinstance(
-        reply, _CANNOT_NOW
+        reply, CANNOT_NOW
     ):
         return BrokerUnavailableError(f"the server cannot take commands now ({text})")
     if isinstance(reply, redis.exceptions.NoPermissionError) or any(words in text for words in _NO_PERMISSION):

@@ -106,10 +106,8 @@ class Launcher:
             process.well_at = time.monotonic()
 
     def _notice_a_stall(self) -> None:
-        """The server has answered. If it had not for a while, it may not have answered our replicas either."""
-        now, before = time.monotonic(), self._answered_at
-        self._answered_at = now
-        if now - before > STALL_S:
+        """A server that takes no writes of ours takes none of our replicas, and answers their sweeps with silence."""
+        if time.monotonic() - self._answered_at > STALL_S:
             self._blame_nobody()
 
     async def _reconcile_loop(self) -> None:
@@ -123,6 +121,8 @@ class Launcher:
     async def _renew_loop(self) -> None:
         while True:
             await self._membership.renew(self._replicas.values())
+            self._notice_a_stall()
+            self._answered_at = time.monotonic()
             self._outage.ended()
             await anyio.sleep(self._lease.renew_every_s)
 
@@ -146,7 +146,6 @@ class Launcher:
     async def step(self) -> None:
         """Compare the plan with what runs; start, drain, update, and kill what does not answer."""
         plan = self._plan = await self._registry.plan(self.node, self._plan)
-        self._notice_a_stall()
         actions = reconcile(plan, self._running(plan))
         for replica in actions.drain:
             await self._drain(self._replicas.get(replica))  # it may have died meanwhile, or not have been forked yet
@@ -201,6 +200,7 @@ class Launcher:
 
     async def _kill_the_hung(self) -> None:
         self._kill_the_late()
+        self._notice_a_stall()
         now = time.monotonic()
         for process in list(self._replicas.values()):
             silent_s = now - process.well_at

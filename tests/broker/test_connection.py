@@ -1,15 +1,18 @@
 """The control connections: how long to wait between attempts, what a dead server looks like, groups."""
 
+import asyncio
+from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 
 from millstream.broker import control_scripts
-from millstream.broker.connection import DOWN, Control, backoff, open_control, ping, run
+from millstream.broker.connection import DOWN, Control, backoff, explained, open_control, ping, run
 from millstream.broker.keys import LANES, DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
-from tests.helpers import claim, read_everything, seed_queued
+from tests.helpers import claim, read_everything, seed_queued, wait_until
 from tests.servers import Server, free_port
 
 # backoff
@@ -74,6 +77,33 @@ async def test_lost_server_counts_as_down_and_a_returned_one_answers_again(serve
 
         await ping(client, settings)
     private.stop()
+
+
+@pytest.mark.anyio
+async def test_demoted_server_counts_as_down_for_plain_commands_and_for_those_that_block_in_it(
+    start_server: Callable[..., Server],
+) -> None:
+    server = start_server()
+    async with open_control(Settings(server.url), "test") as client, server.connect() as operator:
+
+        async def block() -> None:
+            with explained():
+                await client.xread({"stream": "$"}, block=10_000)
+
+        blocked = asyncio.create_task(block())
+        await wait_until(lambda: is_blocked(operator))
+
+        await operator.replicaof("127.0.0.1", "1")
+
+        with pytest.raises(DOWN):
+            await blocked
+        with pytest.raises(DOWN):
+            await client.hset("hash", "field", "value")
+
+
+async def is_blocked(operator: Control) -> bool:
+    info: Any = await operator.info("clients")
+    return int(info["blocked_clients"]) == 1
 
 
 # groups

@@ -1,5 +1,6 @@
 """One pass of the launcher where it could stumble; whole process trees are in `tests/scenarios`."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,3 +69,19 @@ async def test_launcher_and_autoscaler_live_on_a_full_server(settings: Settings,
     assert "app.Model" in await registry.plan("node")
     await launcher._client.aclose()
     await autoscaler._client.aclose()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("stalled", [False, True])
+async def test_silent_replica_is_killed_unless_the_server_was_silent_too(settings: Settings, stalled: bool) -> None:
+    launcher, killed = Launcher(settings, "node"), list[str]()
+    process = SimpleNamespace(
+        replica="r-1", tag="app.Model", is_ready=True, kill_at=None, well_at=time.monotonic() - 60, kill=killed.append
+    )
+    launcher._replicas["r-1"] = process  # type: ignore[assignment]
+    launcher._answered_at -= 40 if stalled else 0
+
+    await launcher._kill_the_hung()
+
+    assert killed == ([] if stalled else ["killed: no sign of life for 60 s"])
+    await launcher._client.aclose()
