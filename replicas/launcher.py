@@ -36,7 +36,7 @@ from millstream.replicas.reconcile import Running, reconcile
 from millstream.replicas.starts import START_FAILURES, Release, Starts
 
 TICK_S = 1.0  # a lost wake-up costs at most this
-STALL_S = 2.5  # between two answers of the server: much longer than a tick
+STALL_S = 2.5  # more than the usual time between two answers of the server: much longer than it ever takes
 MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
 log = logging.getLogger("millstream.launcher")
 T = TypeVar("T")
@@ -107,7 +107,7 @@ class Launcher:
 
     def _notice_a_stall(self) -> None:
         """A server that takes no writes of ours takes none of our replicas, and answers their sweeps with silence."""
-        if time.monotonic() - self._answered_at > STALL_S:
+        if time.monotonic() - self._answered_at > self._lease.renew_every_s + STALL_S:
             self._blame_nobody()
 
     async def _reconcile_loop(self) -> None:

@@ -236,6 +236,12 @@ async def release_and_bury(redis: Control, keys: DeploymentKeys) -> Call[Any]:
 
 
 @verb
+async def bury(redis: Control, keys: DeploymentKeys) -> Call[Any]:
+    one, _ = await seed_running(redis, keys, 2)
+    return scripts.bury(keys, one.lane, one.entry, REPLICA, "cannot be read")
+
+
+@verb
 async def discard(redis: Control, keys: DeploymentKeys) -> Call[Any]:
     await seed_running(redis, keys)
     await seed_queued(redis, keys, 2)
@@ -246,7 +252,7 @@ async def discard(redis: Control, keys: DeploymentKeys) -> Call[Any]:
 # from operators, the autoscaler and who deploys
 
 
-async def bury(redis: Control, keys: DeploymentKeys) -> list[str]:
+async def seed_dead(redis: Control, keys: DeploymentKeys) -> list[str]:
     await seed_running(redis, keys, 2, extras=asking(attempts=1))
     await run(redis, scripts.release(keys, "normal", REPLICA, "killed", expired=False))
     rows: Any = await redis.xrange(keys.dead)
@@ -255,12 +261,12 @@ async def bury(redis: Control, keys: DeploymentKeys) -> list[str]:
 
 @verb
 async def requeue(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.requeue(keys, await bury(redis, keys))
+    return scripts.requeue(keys, await seed_dead(redis, keys))
 
 
 @verb
 async def drop(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.drop(keys, (await bury(redis, keys))[:1])
+    return scripts.drop(keys, (await seed_dead(redis, keys))[:1])
 
 
 @verb
@@ -311,7 +317,7 @@ async def close(redis: Control, keys: DeploymentKeys) -> Call[Any]:
 
 @verb
 async def replace(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return control_scripts.replace(ALL, "app", "", '{"name": "app"}')
+    return control_scripts.replace(ALL, "app", b"", '{"name": "app"}')
 
 
 @verb
