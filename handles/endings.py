@@ -12,6 +12,7 @@ from typing import Any
 
 from millstream.broker import outcomes, scripts
 from millstream.broker.keys import split_ref
+from millstream.broker.link import REFUSED
 from millstream.broker.scripts import Ended, Forestalled, Waiter
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
@@ -135,7 +136,7 @@ class Endings:
         try:
             async with asyncio.timeout(ANSWERS_WITHIN_S):
                 answers, waiters = await self._lines.run(call)
-        except (TimeoutError, BrokerUnavailableError):
+        except (TimeoutError, BrokerUnavailableError, *REFUSED):  # their time is up, whatever the server makes of it
             for ref in refs:
                 self._fail(route, ref, _unreachable(route.tag, ref))
             return
