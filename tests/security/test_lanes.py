@@ -1,7 +1,5 @@
 """Somebody writes to the lanes of a deployment: each entry ends, nothing of it is executed, and genuine requests are served."""
 
-from collections.abc import Iterator
-
 import pytest
 import redis
 from hypothesis import example, given
@@ -56,9 +54,9 @@ ENTRIES = st.one_of(
 
 
 @pytest.fixture
-def handle(serving: Serving) -> Iterator[SyncHandle]:
+def handle(serving: Serving) -> SyncHandle:
     """Two replicas behind it."""
-    yield serving.sync(Model, replicas=2)
+    return serving.sync(Model, replicas=2)
 
 
 def are_empty(client: "redis.Redis") -> bool:

@@ -1,6 +1,7 @@
 """Somebody publishes on the channels: callers get their results all the same, replicas go on, nothing is executed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from millstream.broker.codec import codec_for
 from millstream.broker.keys import DeploymentKeys
-from millstream.errors import MillstreamError, SignatureError
+from millstream.errors import GetTimeoutError, MillstreamError, SignatureError
 from millstream.handles.handle import SyncHandle
 from tests.replica_helpers import PATIENCE_S, Gate, Serving
 from tests.scenarios.processes import wait_for
@@ -45,6 +46,16 @@ def caller_of(client: "redis.Redis") -> str:
     """The channel on which the one caller of this process hears."""
     (channel,) = client.pubsub_shardchannels(f"{KEYS.reply('')}*")
     return str(channel.decode())
+
+
+def outcome_of(read: Callable[[], Any]) -> Any:
+    """What a caller gets; `None` if it was waiting in vain."""
+    try:
+        return read()
+    except GetTimeoutError:
+        return None
+    except MillstreamError:
+        return "an error"
 
 
 def message(*items: bytes) -> bytes:
@@ -113,10 +124,7 @@ def test_forged_result_on_a_reply_channel_is_a_millstream_error_and_nothing_is_e
         enemy.execute_command("SPUBLISH", channel, message(ref, stored))
         gates["now"].open()
 
-        try:
-            assert pending.result(timeout=PATIENCE_S) == 2
-        except MillstreamError as e:
-            assert not isinstance(e, TimeoutError), stored[:100]
+        assert outcome_of(lambda: pending.result(timeout=PATIENCE_S)) in (2, "an error"), stored[:100]
 
     try_one()
 
@@ -143,10 +151,7 @@ def test_nonsense_in_a_stream_ends_it_with_an_error_or_not_at_all(handle: SyncHa
         stream = handle.count.stream(5)
         for ref in enemy.hkeys(KEYS.open):
             enemy.execute_command("SPUBLISH", channel, message(ref, stored))
-        try:
-            assert list(stream) == [0, 1, 2, 3, 4]
-        except MillstreamError as e:
-            assert not isinstance(e, TimeoutError), stored[:100]
+        assert outcome_of(lambda: list(stream)) in ([0, 1, 2, 3, 4], "an error"), stored[:100]
 
     try_one()
 
