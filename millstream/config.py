@@ -17,6 +17,8 @@ LEASE_S = 5.0
 STATE_FOLDER = ".millstream"
 ADVERT = "server.json"  # in the state folder: where the embedded server listens, and its secret (mode 0600)
 
+_PASSWORD_IN_QUERY = re.compile(r"([?&]\w*password\w*=)[^&]*", re.IGNORECASE)  # redis-py takes it from there, too
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -60,10 +62,10 @@ class Settings:
 
 
 def redact(url: str) -> str:
-    """The URL without its passwords, for messages and logs."""
-    scheme, separator, rest = url.partition("://")
+    """The URL without its password, for messages and logs. Of what is no URL, too: that is said where it is refused."""
+    scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
     credentials, at, host = rest.rpartition("@")
-    host = re.sub(r"(password=)[^&]*", r"\1***", host)
+    host = _PASSWORD_IN_QUERY.sub(r"\1***", host)
     return f"{scheme}{separator}{'***@' if at and credentials else ''}{host}"
 
 

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
 from millstream.config import Settings
 from millstream.handles import engines
 from tests.replica_helpers import Serving, keep_one_server
-from tests.security.hostile import Canary
+from tests.security.hostile import Canary, Enemy
 from tests.servers import AnyServer
 
 
@@ -26,7 +25,7 @@ def canary(tmp_path: Path) -> Iterator[Canary]:
 
 
 @pytest.fixture
-def enemy(server: AnyServer) -> Iterator["redis.Redis"]:
+def enemy(server: AnyServer) -> Iterator[Enemy]:
     """A client that may write what it likes; all of it is gone after the test."""
     with server.connect_blocking() as client:
         yield client
@@ -34,7 +33,7 @@ def enemy(server: AnyServer) -> Iterator["redis.Redis"]:
 
 
 @pytest.fixture
-def serving(settings: Settings, enemy: "redis.Redis") -> Iterator[Serving]:
+def serving(settings: Settings, enemy: Enemy) -> Iterator[Serving]:
     """Deploys and serves; this process is a caller, too."""
     engines.use(settings)
     serving = Serving(settings)

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +20,7 @@ from millstream.handles.handle import SyncHandle
 from millstream.handles.ref import ObjectRef
 from tests.replica_helpers import PATIENCE_S, Serving
 from tests.scenarios.processes import wait_for
-from tests.security.hostile import GARBAGE, Canary, damaged, fuzzed
+from tests.security.hostile import GARBAGE, Canary, Enemy, damaged, fuzzed
 
 TAG = "app.Model"
 ALL, KEYS = Keys("ms"), DeploymentKeys("ms", TAG)
@@ -66,14 +65,14 @@ def handle(serving: Serving) -> SyncHandle:
     return serving.sync(Model)
 
 
-def garbage_of(client: "redis.Redis", kind: str, key: str) -> None:
+def garbage_of(client: Enemy, kind: str, key: str) -> None:
     """Put fields into a key that no script of ours writes."""
     match kind:
         case "stream":
             client.xadd(key, {b"\xff": b"\xff", b"history": b"[" * 5000})
         case "hash":
             fields = [b"r" * 22, b"\xff" * 22, b"config", b"target", b"override", b"version", b"r-1", b"max_attempts"]
-            client.hset(key, mapping={field: b"\xff{" for field in fields})  # type: ignore[arg-type]
+            client.hset(key, mapping={field: b"\xff{" for field in fields})
         case "zset":
             client.zadd(key, {b"\xff" * 22: 1.0, b"r" * 22: float("-inf"), b"s" * 22: float("inf")})
         case _:
@@ -91,23 +90,21 @@ def answer(handle: SyncHandle) -> str:
 
 @pytest.mark.parametrize("how", ["another type", "its own type"])
 @pytest.mark.parametrize("key", SHARED, ids=lambda key: key.rpartition("}:")[2])
-def test_deployment_serves_on_once_a_key_is_mended(
-    handle: SyncHandle, enemy: "redis.Redis", key: str, how: str
-) -> None:
+def test_deployment_serves_on_once_a_key_is_mended(handle: SyncHandle, enemy: Enemy, key: str, how: str) -> None:
     assert handle.call(1) == 2
     before = enemy.dump(key)
 
     enemy.delete(key)
     if how == "its own type":
         if before is not None:
-            enemy.restore(key, 0, before)  # type: ignore[arg-type]
+            enemy.restore(key, 0, before)
         garbage_of(enemy, SHARED[key], key)
     else:
         enemy.set(key, b"\xff\0garbage")
     answer(handle)
     enemy.delete(key)
     if before is not None:
-        enemy.restore(key, 0, before)  # type: ignore[arg-type]
+        enemy.restore(key, 0, before)
 
     wait_for(lambda: answer(handle) == "a value", PATIENCE_S, "service after the mend")
 
@@ -122,7 +119,7 @@ def ended(handle: SyncHandle) -> tuple[ObjectRef, str]:
 
 
 def test_result_that_was_tampered_with_is_an_error_for_whoever_reads_it(
-    handle: SyncHandle, enemy: "redis.Redis", settings: Settings, canary: Canary
+    handle: SyncHandle, enemy: Enemy, settings: Settings, canary: Canary
 ) -> None:
     ref, local = ended(handle)
     genuine = enemy.get(KEYS.result(local))
@@ -156,7 +153,7 @@ def test_result_that_was_tampered_with_is_an_error_for_whoever_reads_it(
         open_stored(codec, local.encode(), b"succeeded normal 1-1\n" + genuine)
 
 
-def test_result_of_another_type_is_an_error(handle: SyncHandle, enemy: "redis.Redis") -> None:
+def test_result_of_another_type_is_an_error(handle: SyncHandle, enemy: Enemy) -> None:
     ref, local = ended(handle)
     enemy.delete(KEYS.result(local))
     enemy.lpush(KEYS.result(local), b"x")
@@ -168,7 +165,7 @@ def test_result_of_another_type_is_an_error(handle: SyncHandle, enemy: "redis.Re
 
 @pytest.mark.parametrize("how", ["flipped", "short", "bomb", "another type", "huge"])
 def test_large_value_that_was_tampered_with_is_an_error(
-    handle: SyncHandle, enemy: "redis.Redis", canary: Canary, how: str
+    handle: SyncHandle, enemy: Enemy, canary: Canary, how: str
 ) -> None:
     ref = handle.large.remote()
     ref_id = ref.id
@@ -188,7 +185,7 @@ def test_large_value_that_was_tampered_with_is_an_error(
             enemy.set(key, b"garbage", ex=60)
         case "huge":
             stored = enemy.get(KEYS.result(local))
-            enemy.set(KEYS.result(local), stored.partition(b"\n")[0] + b"\n@999999999999999\n", ex=60)  # type: ignore
+            enemy.set(KEYS.result(local), stored.partition(b"\n")[0] + b"\n@999999999999999\n", ex=60)
 
     with pytest.raises((SignatureError, RefNotFoundError)):
         ObjectRef.from_id(ref_id).result(timeout=PATIENCE_S)
@@ -196,7 +193,7 @@ def test_large_value_that_was_tampered_with_is_an_error(
 
 @pytest.mark.parametrize("how", ["flipped", "bomb", "another type"])
 def test_large_arguments_that_were_tampered_with_fail_the_request(
-    serving: Serving, enemy: "redis.Redis", canary: Canary, how: str
+    serving: Serving, enemy: Enemy, canary: Canary, how: str
 ) -> None:
     handle = serving.deploy_only(Model)
     sync = SyncHandle(handle.deployment_name, handle.app_name)
@@ -219,9 +216,7 @@ def test_large_arguments_that_were_tampered_with_fail_the_request(
     assert sync.call(1) == 2
 
 
-def test_items_that_were_written_over_do_not_hang_the_reader(
-    handle: SyncHandle, enemy: "redis.Redis", canary: Canary
-) -> None:
+def test_items_that_were_written_over_do_not_hang_the_reader(handle: SyncHandle, enemy: Enemy, canary: Canary) -> None:
     stream = handle.options(stream=True).count.remote(40)
     wait_for(lambda: any(enemy.scan_iter(f"{KEYS.items('')}*")))
     (key,) = enemy.scan_iter(f"{KEYS.items('')}*")
@@ -234,7 +229,7 @@ def test_items_that_were_written_over_do_not_hang_the_reader(
 
 
 def test_supplied_value_that_was_tampered_with_fails_the_dependant(
-    serving: Serving, enemy: "redis.Redis", canary: Canary
+    serving: Serving, enemy: Enemy, canary: Canary
 ) -> None:
     handle = serving.sync(Model)
     delayed = handle.options(delay_s=0.5, block_until="queued")

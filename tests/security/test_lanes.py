@@ -1,7 +1,6 @@
 """Somebody writes to the lanes of a deployment: each entry ends, nothing of it is executed, and genuine requests are served."""
 
 import pytest
-import redis
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from millstream.handles.handle import SyncHandle
 from millstream.handles.ref import ObjectRef
 from tests.replica_helpers import Serving
 from tests.scenarios.processes import wait_for
-from tests.security.hostile import GARBAGE, OVERSIZED_BYTES, REF, Canary, damaged, fuzzed
+from tests.security.hostile import GARBAGE, OVERSIZED_BYTES, REF, Canary, Enemy, damaged, fuzzed
 
 TAG = "app.Model"
 KEYS = DeploymentKeys("ms", TAG)
@@ -59,7 +58,7 @@ def handle(serving: Serving) -> SyncHandle:
     return serving.sync(Model, replicas=2)
 
 
-def are_empty(client: "redis.Redis") -> bool:
+def are_empty(client: Enemy) -> bool:
     """Nothing waits or is pending in any lane."""
     return all(client.xlen(KEYS.lane(lane)) == 0 for lane in LANES) and all(
         client.xpending(KEYS.lane(lane), GROUP)["pending"] == 0 for lane in LANES
@@ -67,7 +66,7 @@ def are_empty(client: "redis.Redis") -> bool:
 
 
 def test_whatever_is_written_to_a_lane_ends_and_replicas_serve_on(
-    handle: SyncHandle, enemy: "redis.Redis", canary: Canary
+    handle: SyncHandle, enemy: Enemy, canary: Canary
 ) -> None:
     numbers = iter(range(10_000))
 
@@ -83,7 +82,7 @@ def test_whatever_is_written_to_a_lane_ends_and_replicas_serve_on(
     @example("high", {"ref": REF, "method": b"__call__", "reply": b"", "body": b"x" * OVERSIZED_BYTES})
     def try_one(lane: str, entry: dict[str, bytes]) -> None:
         number = next(numbers)
-        enemy.xadd(KEYS.lane(lane), entry)  # type: ignore[arg-type]
+        enemy.xadd(KEYS.lane(lane), entry)
 
         assert handle.call(number) == number + 1
 
@@ -92,7 +91,7 @@ def test_whatever_is_written_to_a_lane_ends_and_replicas_serve_on(
     wait_for(lambda: are_empty(enemy), 20, "the end of all that was written")
 
 
-def test_bomb_in_a_lane_does_not_go_off(handle: SyncHandle, enemy: "redis.Redis", canary: Canary) -> None:
+def test_bomb_in_a_lane_does_not_go_off(handle: SyncHandle, enemy: Enemy, canary: Canary) -> None:
     for method in (b"__call__", b"sync"):
         for i, envelope in enumerate(canary.envelopes("ms", TAG, REF, method)):
             ref = b"%022d" % i
@@ -104,9 +103,7 @@ def test_bomb_in_a_lane_does_not_go_off(handle: SyncHandle, enemy: "redis.Redis"
     wait_for(lambda: are_empty(enemy), 20)
 
 
-def test_entry_with_more_fields_than_a_script_can_pass_on_is_a_dead_letter(
-    handle: SyncHandle, enemy: "redis.Redis"
-) -> None:
+def test_entry_with_more_fields_than_a_script_can_pass_on_is_a_dead_letter(handle: SyncHandle, enemy: Enemy) -> None:
     enemy.xadd(KEYS.lane("normal"), {f"field {i}": b"" for i in range(6000)})
 
     wait_for(lambda: enemy.xlen(KEYS.dead) == 1 and are_empty(enemy), 20)
@@ -119,7 +116,7 @@ def test_entry_with_more_fields_than_a_script_can_pass_on_is_a_dead_letter(
     ids=["deployment", "ref", "method"],
 )
 def test_caller_of_a_request_whose_bytes_were_exchanged_gets_a_signature_error(
-    serving: Serving, enemy: "redis.Redis", tag: str, ref: bytes, method: bytes
+    serving: Serving, enemy: Enemy, tag: str, ref: bytes, method: bytes
 ) -> None:
     """The genuine bytes of another request are put in its place before a replica takes it."""
     handle = serving.deploy_only(Model)
@@ -136,7 +133,7 @@ def test_caller_of_a_request_whose_bytes_were_exchanged_gets_a_signature_error(
         pending.result(timeout=20)
 
 
-def test_dead_letter_of_what_nobody_can_read_is_told_to_its_caller(serving: Serving, enemy: "redis.Redis") -> None:
+def test_dead_letter_of_what_nobody_can_read_is_told_to_its_caller(serving: Serving, enemy: Enemy) -> None:
     handle = serving.deploy_only(Model)
     pending = SyncHandle(handle.deployment_name, handle.app_name).options(block_until="queued").remote(1)
     ((entry, fields),) = enemy.xrange(KEYS.lane("normal"))
@@ -151,7 +148,7 @@ def test_dead_letter_of_what_nobody_can_read_is_told_to_its_caller(serving: Serv
     assert enemy.xlen(KEYS.dead) == 1
 
 
-def test_same_bytes_twice_have_one_result(handle: SyncHandle, enemy: "redis.Redis", settings: Settings) -> None:
+def test_same_bytes_twice_have_one_result(handle: SyncHandle, enemy: Enemy, settings: Settings) -> None:
     """Somebody repeats a request. It may run again, and its first result stands."""
     ref = handle.remote(1)
     assert ref.result(timeout=20) == 2

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from millstream.errors import GetTimeoutError, MillstreamError, SignatureError
 from millstream.handles.handle import SyncHandle
 from tests.replica_helpers import PATIENCE_S, Gate, Serving
 from tests.scenarios.processes import wait_for
-from tests.security.hostile import GARBAGE, REF, Canary, damaged, fuzzed
+from tests.security.hostile import GARBAGE, REF, Canary, Enemy, damaged, fuzzed
 
 TAG = "app.Model"
 KEYS = DeploymentKeys("ms", TAG)
@@ -42,7 +41,7 @@ def handle(serving: Serving) -> Iterator[SyncHandle]:
     gates["now"].open()
 
 
-def caller_of(client: "redis.Redis") -> str:
+def caller_of(client: Enemy) -> str:
     """The channel on which the one caller of this process hears."""
     (channel,) = client.pubsub_shardchannels(f"{KEYS.reply('')}*")
     return str(channel.decode())
@@ -88,9 +87,7 @@ MESSAGES = st.one_of(
 )
 
 
-def test_nonsense_on_a_reply_channel_is_not_heard_and_costs_no_connection(
-    handle: SyncHandle, enemy: "redis.Redis"
-) -> None:
+def test_nonsense_on_a_reply_channel_is_not_heard_and_costs_no_connection(handle: SyncHandle, enemy: Enemy) -> None:
     assert handle.call(1) == 2
     channel = caller_of(enemy)
     before = {row["id"] for row in enemy.client_list() if row["name"].startswith("ms:replies:")}
@@ -108,7 +105,7 @@ def test_nonsense_on_a_reply_channel_is_not_heard_and_costs_no_connection(
 
 
 def test_forged_result_on_a_reply_channel_is_a_millstream_error_and_nothing_is_executed(
-    handle: SyncHandle, enemy: "redis.Redis", canary: Canary
+    handle: SyncHandle, enemy: Enemy, canary: Canary
 ) -> None:
     handle.call(1)
     channel = caller_of(enemy)
@@ -129,7 +126,7 @@ def test_forged_result_on_a_reply_channel_is_a_millstream_error_and_nothing_is_e
     try_one()
 
 
-def test_forged_value_is_a_signature_error(handle: SyncHandle, enemy: "redis.Redis", canary: Canary) -> None:
+def test_forged_value_is_a_signature_error(handle: SyncHandle, enemy: Enemy, canary: Canary) -> None:
     handle.call(1)
     pending = handle.options(block_until="queued").wait.remote(1)
     ref = pending.id.partition("~")[2].encode()
@@ -141,7 +138,7 @@ def test_forged_value_is_a_signature_error(handle: SyncHandle, enemy: "redis.Red
         pending.result(timeout=PATIENCE_S)
 
 
-def test_nonsense_in_a_stream_ends_it_with_an_error_or_not_at_all(handle: SyncHandle, enemy: "redis.Redis") -> None:
+def test_nonsense_in_a_stream_ends_it_with_an_error_or_not_at_all(handle: SyncHandle, enemy: Enemy) -> None:
     handle.call(1)
     channel = caller_of(enemy)
 
@@ -167,7 +164,7 @@ ORDERS = st.one_of(
 )
 
 
-def test_nonsense_on_a_channel_of_orders_changes_nothing(handle: SyncHandle, enemy: "redis.Redis") -> None:
+def test_nonsense_on_a_channel_of_orders_changes_nothing(handle: SyncHandle, enemy: Enemy) -> None:
     (channel,) = [channel.decode() for channel in enemy.pubsub_shardchannels(f"{KEYS.orders('')}*")]
 
     @fuzzed(150)
@@ -183,7 +180,7 @@ def test_nonsense_on_a_channel_of_orders_changes_nothing(handle: SyncHandle, ene
     assert b"RUNNING" in replica
 
 
-def test_forged_order_to_cancel_costs_the_request_and_not_the_replica(handle: SyncHandle, enemy: "redis.Redis") -> None:
+def test_forged_order_to_cancel_costs_the_request_and_not_the_replica(handle: SyncHandle, enemy: Enemy) -> None:
     """Who may publish can have running requests stop: the threat model says so. Their callers do not hang."""
     (channel,) = [channel.decode() for channel in enemy.pubsub_shardchannels(f"{KEYS.orders('')}*")]
     pending = handle.options(timeout_s=1.0).wait.remote(1)
