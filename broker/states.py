@@ -35,7 +35,7 @@ class Event(StrEnum):
     POSTPONE = "postpone"  # the replica does not know the method, and one of another version may: no attempt
     HAND_BACK = "hand_back"  # the replica did not start it and gives it back: no attempt
     RELEASE = "release"  # its replica is dead: next attempt, in the lane `returned`
-    BURY = "bury"  # its replica is dead and its attempts are used up
+    BURY = "bury"  # its replica is dead and its attempts are used up, or it is nothing that a replica can read
     SUCCEED = "succeed"  # finish with a value
     FAIL = "fail"  # finish with an error
     CANCEL = "cancel"  # a caller cancels it

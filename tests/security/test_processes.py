@@ -24,7 +24,12 @@ ALL, KEYS = Keys("ms"), DeploymentKeys("ms", TAG)
 
 
 @pytest.fixture
-def installed(start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Enemy]:
+def installed(
+    start_server: Callable[..., Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Enemy]:
     """An application that is served, and a client of its server."""
     server = start_server()
     monkeypatch.chdir(tmp_path)

@@ -137,11 +137,17 @@ class Leaky:
         return x + 1
 
     async def boom(self) -> None:
+        print("printed", engines.settings())
         raise ValueError(f"with {engines.settings()!r}")
 
 
 @pytest.fixture
-def installation(start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def installation(
+    start_server: Callable[..., Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[str]:
     """The URL of a server with a password, and an application that is served by it."""
     url = f"redis://:{PASSWORD}@127.0.0.1:{start_server('--requirepass', PASSWORD).port}"
     monkeypatch.chdir(tmp_path)
@@ -223,5 +229,6 @@ def test_installation_shows_neither_anywhere(
     assert is_clean(asyncio.run(pages()))
     serve.shutdown()
     out, err = capfd.readouterr()
+    assert "printed Settings(" in out, "it is not what the processes print"
     assert is_clean(out) and is_clean(err)
     assert is_clean(caplog.text)
