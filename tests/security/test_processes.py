@@ -30,14 +30,13 @@ def installed(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Iterator[Enemy]:
-    """An application that is served, and a client of its server."""
+    """A client of a server that `serve.run` will use."""
     server = start_server()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MILLSTREAM_URL", server.url)
     monkeypatch.setenv("MILLSTREAM_SECRET_KEY", "a secret for tests")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     before = descendants(os.getpid())
-    serve.run(Worker.bind())
     with redis.Redis.from_url(server.url) as client:
         yield client
     started = descendants(os.getpid()) - before
@@ -55,7 +54,7 @@ def passes(client: Enemy) -> int:
 def test_launcher_and_autoscaler_go_on_over_garbage_and_recover(
     installed: Enemy, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    handle = serve.get_deployment_handle("Worker", sync=True)
+    handle = serve.run(Worker.bind())
     pid = handle.pid.call()
     others = {word: find(me(), word) for word in ("launcher", "autoscaler")}
     (node,) = [name.decode() for name in installed.hkeys(ALL.nodes)]
@@ -80,12 +79,12 @@ def test_launcher_and_autoscaler_go_on_over_garbage_and_recover(
     os.kill(pid, signal.SIGKILL)
     assert handle.pid.call() != pid
     said = "".join(capfd.readouterr())
-    assert "cannot be read" in said
+    assert "cannot be read" in said, said
     assert "Traceback" not in said, said
 
 
 def test_definition_that_nobody_signed_is_not_opened_and_the_deployment_fails(installed: Enemy, canary: Canary) -> None:
-    handle = serve.get_deployment_handle("Worker", sync=True)
+    handle = serve.run(Worker.bind())
     pid = handle.pid.call()
     (forged, *_) = canary.envelopes("ms", TAG, b"definition")
     installed.set(KEYS.definition, forged)

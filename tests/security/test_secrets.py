@@ -148,14 +148,13 @@ def installation(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Iterator[str]:
-    """The URL of a server with a password, and an application that is served by it."""
+    """The URL of a server with a password, which `serve.run` will use."""
     url = f"redis://:{PASSWORD}@127.0.0.1:{start_server('--requirepass', PASSWORD).port}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MILLSTREAM_URL", url)
     monkeypatch.setenv("MILLSTREAM_SECRET_KEY", SECRET)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     before = descendants(os.getpid())
-    serve.run(Leaky.bind())
     yield url
     started = descendants(os.getpid()) - before
     if runtime.is_initialized():
@@ -196,7 +195,7 @@ def test_installation_shows_neither_anywhere(
     installation: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    handle = serve.get_deployment_handle("Leaky", sync=True)
+    handle = serve.run(Leaky.bind())
     assert handle.call(1) == 2
 
     with pytest.raises(TaskError) as caught:
