@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from redis.exceptions import ResponseError
 
 from millstream.broker import control_scripts, scripts
 from millstream.broker.call import Call
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import GROUP, DeploymentKeys
+from millstream.broker.link import REFUSED
 from millstream.broker.scripts import Ended, Finished, Submitted, Supplied, Waiter
 from millstream.broker.states import State
 from tests.helpers import (
@@ -219,7 +219,7 @@ async def test_arguments_that_make_no_sense_write_nothing(
     before = await read_everything(redis)
     call = scripts.cancel(keys, ttl_s, "why not", [one.ref])
 
-    with pytest.raises(ResponseError):
+    with pytest.raises(REFUSED):
         await run(redis, Call(call.script, call.keys, (state, *call.arguments[1:]), call.read))
 
     assert await read_everything(redis) == before

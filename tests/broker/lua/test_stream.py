@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from redis.exceptions import ResponseError
 
 from millstream.broker import scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
+from millstream.broker.link import REFUSED
 from tests.helpers import (
     CALLER,
     REPLICA,
@@ -148,7 +148,7 @@ async def test_numbers_that_make_no_sense_write_nothing(
     one = await seed_streaming(redis, keys)
     before = await read_everything(redis)
 
-    with pytest.raises(ResponseError):
+    with pytest.raises(REFUSED):
         await emit(redis, keys, one, first, b"a", ttl_s=ttl_s)
 
     assert await read_everything(redis) == before
@@ -159,7 +159,7 @@ async def test_key_that_is_no_stream_is_an_error_and_not_silence(redis: Control,
     await redis.set(keys.items(one.ref), "not a stream", px=60_000)
     before = await read_everything(redis)
 
-    with pytest.raises(ResponseError, match="WRONGTYPE"):
+    with pytest.raises(REFUSED, match="WRONGTYPE"):
         await emit(redis, keys, one, 0, b"a", b"b")
 
     assert await read_everything(redis) == before
@@ -171,7 +171,7 @@ async def test_items_that_overtake_others_are_an_error_and_not_a_loss(redis: Con
     before = await read_everything(redis)
 
     for first, produced in ((2, [b"c", b"d"]), (3, [b"d", b"e"]), (1, [b"b", b"c"])):
-        with pytest.raises(ResponseError, match="OUTOFORDER item"):
+        with pytest.raises(REFUSED, match="OUTOFORDER item"):
             await emit(redis, keys, one, first, *produced)
 
     assert await read_everything(redis) == before
@@ -389,7 +389,7 @@ async def test_count_that_makes_no_sense_removes_nothing(redis: Control, keys: D
     one = await seed_streaming(redis, keys, b"a")
     before = await read_everything(redis)
 
-    with pytest.raises(ResponseError):
+    with pytest.raises(REFUSED):
         await consume(redis, keys, one.ref, count)
 
     assert await read_everything(redis) == before
