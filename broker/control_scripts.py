@@ -18,6 +18,12 @@ class Withdrawn(StrEnum):
     SPENT = "spent"  # the one to go back to was withdrawn, too
 
 
+class Removed(StrEnum):
+    REMOVED = "removed"
+    DEPLOYED = "deployed"  # anew: it stays
+    OPEN = "open"  # there are requests without an end
+
+
 @dataclass(frozen=True, slots=True)
 class Swept:
     promoted: int
@@ -111,6 +117,11 @@ def note(keys: DeploymentKeys, revision: str, fields: dict[str, str]) -> Call[in
 
 def close(keys: DeploymentKeys, revision: str) -> Call[int]:
     return Call(script("close"), (keys.config, keys.definition), (revision,), int)
+
+
+def remove(keys: DeploymentKeys) -> Call[Removed]:
+    """Delete what is left of a closed deployment, if nothing is open. Its results stay until their TTL."""
+    return Call(script("remove"), (keys.config, keys.open, *keys.owned), (), lambda reply: Removed(reply.decode()))
 
 
 def replace(keys: Keys, app: str, read: bytes, record: str) -> Call[int]:

@@ -7,6 +7,7 @@ import anyio
 
 from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
+from millstream.broker.control_scripts import Removed
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.outcomes import ENDED_TTL_S
 from millstream.broker.supplying import Supplier
@@ -50,10 +51,9 @@ class Removal:
         return True
 
     async def _delete(self, keys: DeploymentKeys) -> None:
-        if await self._client.exists(keys.config):
-            return  # deployed again meanwhile
-        await self._discard(keys, running=True)
-        await self._client.delete(*keys.owned)
+        """Unless it was deployed again meanwhile: the script looks at that in the same step."""
+        while await run(self._client, control_scripts.remove(keys)) is Removed.OPEN:
+            await self._discard(keys, running=True)
 
     async def _discard(self, keys: DeploymentKeys, *, running: bool) -> None:
         cursor, is_through = "0", False
