@@ -11,7 +11,8 @@ local limits = redis.call('HMGET', KEYS[8], 'max_attempts', 'result_ttl_s')
 local open, notes, results, replies = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local deadlines, holds, payloads = KEYS[10], KEYS[11], KEYS[12]
 local dead, status = KEYS[7], KEYS[13]
-local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
+-- Of a deployment that is being deleted: nobody will run it again, and it may be that nobody should.
+local max_attempts, ttl_s = tonumber(limits[1] or '1'), limits[2] or '3600'
 --include ending
 --include dead
 --include burying
