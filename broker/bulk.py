@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import hiredis
 
+from millstream.broker.cluster import dial
 from millstream.broker.connection import backoff
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import dial, explain
+from millstream.broker.link import explain
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 
@@ -63,7 +64,7 @@ class Bulk:
         async def transfer(wire: _Wire) -> bool:
             return await _write(wire, keys.arriving(os.urandom(8).hex()), key, parts, ttl_ms, only_new)
 
-        return await self._persistently(transfer)
+        return await self._persistently(key, transfer)
 
     async def read(self, key: str, size_bytes: int) -> memoryview | None:
         """A value of that size, in memory of its own that may be written to; None if it is gone."""
@@ -71,19 +72,19 @@ class Bulk:
         async def transfer(wire: _Wire) -> memoryview | None:
             return await _read(wire, key, size_bytes)
 
-        return await self._persistently(transfer)
+        return await self._persistently(key, transfer)
 
     def close(self) -> None:
         self._is_closed = True
         for wire in (*self._idle, *self._busy):
             wire.close()
 
-    async def _persistently(self, transfer: Callable[["_Wire"], Awaitable[T]]) -> T:
+    async def _persistently(self, key: str, transfer: Callable[["_Wire"], Awaitable[T]]) -> T:
         delays, cuts = backoff(), 0
         give_up = math.inf
         while True:
             try:
-                async with self._wire() as wire:
+                async with self._wire(key) as wire:
                     return await transfer(wire)
             except BrokerUnavailableError as e:
                 cuts += isinstance(e, _CutError)
@@ -94,10 +95,10 @@ class Bulk:
             await asyncio.sleep(next(delays))
 
     @asynccontextmanager
-    async def _wire(self) -> AsyncIterator["_Wire"]:
+    async def _wire(self, key: str) -> AsyncIterator["_Wire"]:
         """A connection to oneself. It is used again if all went well."""
         async with self._room:
-            wire = await self._connected()
+            wire = await self._connected(key)
             self._busy.add(wire)
             try:
                 yield wire
@@ -107,17 +108,23 @@ class Bulk:
             finally:
                 self._busy.discard(wire)
                 if wire.is_up and not self._is_closed:
-                    self._idle.append(wire)
+                    self._keep(wire)
 
-    async def _connected(self) -> "_Wire":
-        while self._idle:
-            wire = self._idle.pop()
+    def _keep(self, wire: "_Wire") -> None:
+        self._idle.append(wire)
+        if len(self._idle) > MOST_CONNECTIONS:  # in a cluster, each serves one deployment
+            self._idle.pop(0).close()
+
+    async def _connected(self, key: str) -> "_Wire":
+        near = key[: key.find("}") + 1] if self._settings.is_cluster else ""
+        for wire in [wire for wire in reversed(self._idle) if wire.near == near]:
+            self._idle.remove(wire)
             if wire.is_up:
                 return wire
         if self._is_closed:
             raise BrokerUnavailableError("this connection was closed; call again to open a new one")
-        link = await dial(self._settings, f"ms:bulk:{self._name}")
-        wire = _Wire()
+        link = await dial(self._settings, f"ms:bulk:{self._name}", near=key)
+        wire = _Wire(near)
         wire.transport = link.hand_over(wire)
         return wire
 
@@ -129,7 +136,8 @@ class _CutError(BrokerUnavailableError):
 class _Wire(asyncio.BufferedProtocol):
     """One connection: what comes is read into the place where it is wanted."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: str) -> None:
+        self.near = near  # in a cluster: the hash tag whose node is at the other end
         self.transport: asyncio.Transport
         # For what comes while nobody wants it anywhere. A view: what asyncio reads by TLS into a slice of a bytearray is lost.
         self._scratch = memoryview(bytearray(4096))

@@ -14,6 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from millstream.broker.call import Call
+from millstream.broker.cluster_control import ClusterControl
 from millstream.broker.link import CANNOT_NOW, CONNECT_TIMEOUT_S, REFUSED, cannot_reach, explain, foreign
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, ConfigError
@@ -39,15 +40,19 @@ def open_control(settings: Settings, name: str) -> Control:
     redis-py 8 repeats every command 10 times by default. Ours repeats a few times, quickly: all that goes this way is
     idempotent, and loops have a backoff of their own.
     """
-    return redis.asyncio.Redis.from_url(
-        settings.url,
-        protocol=2,
-        client_name=name,
-        socket_connect_timeout=5.0,
-        socket_timeout=10.0,  # longer than any blocking read we make
-        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 3),
-        retry_on_error=[redis.exceptions.ConnectionError],
-    )
+
+    def open_node(url: str) -> Control:
+        return redis.asyncio.Redis.from_url(
+            url,
+            protocol=2,
+            client_name=name,
+            socket_connect_timeout=5.0,
+            socket_timeout=10.0,  # longer than any blocking read we make
+            retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 3),
+            retry_on_error=[redis.exceptions.ConnectionError],
+        )
+
+    return ClusterControl(settings, open_node) if settings.is_cluster else open_node(settings.url)
 
 
 async def run(client: Control, call: Call[T]) -> T:

@@ -63,8 +63,12 @@ class Link(asyncio.Protocol):
         reader.feed(data)
         try:
             while (reply := reader.gets()) is not False:
-                if self._on_message is not None and type(reply) is list and reply[0] == b"smessage":
+                if self._on_message is None or type(reply) is not list:
+                    callbacks.popleft()(reply)
+                elif reply[0] == b"smessage":
                     self._on_message(reply[2])
+                elif reply[0] == b"sunsubscribe":  # nobody asked: the slot of the channel has moved to another node
+                    self.close()
                 else:
                     callbacks.popleft()(reply)
         except hiredis.ProtocolError as e:  # that is no Redis server
@@ -96,7 +100,7 @@ class Link(asyncio.Protocol):
     def ask(self, *command: Any) -> asyncio.Future[Any]:
         """As `send`, with a future. Cancelling it does not take the command back."""
         future: asyncio.Future[Any] = self.lost.get_loop().create_future()
-        self.send(functools.partial(_settle, future), *command)
+        self.send(functools.partial(self._settle, future), *command)
         return future
 
     def start(self, call: Call[T], callback: Callable[[T | Exception], None]) -> None:
@@ -115,7 +119,7 @@ class Link(asyncio.Protocol):
             elif str(reply).startswith("NOSCRIPT"):
                 self.send(replied, *call.full_command())
             else:
-                callback(explain(reply))
+                callback(self._refused(reply))
 
         if call.script in self._sent_scripts:
             self.send(replied, *call.command())
@@ -127,8 +131,22 @@ class Link(asyncio.Protocol):
     def run(self, call: Call[T]) -> asyncio.Future[T]:
         """As `start`, with a future."""
         future: asyncio.Future[T] = self.lost.get_loop().create_future()
-        self.start(call, functools.partial(_settle, future))
+        self.start(call, functools.partial(self._settle, future))
         return future
+
+    def _settle(self, future: asyncio.Future[Any], reply: Any) -> None:
+        if future.done():
+            return
+        if isinstance(reply, Exception):
+            future.set_exception(self._refused(reply))
+        else:
+            future.set_result(reply)
+
+    def _refused(self, reply: Exception) -> Exception:
+        """An error reply in our words. Where the slot has moved to another node, this connection is of no more use."""
+        if str(reply).startswith("MOVED "):
+            self.close()
+        return explain(reply)
 
     def hand_over(self, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
         """Let another protocol speak over this connection; nothing may be under way. Raises BrokerUnavailableError."""
@@ -168,20 +186,17 @@ def _notice_a_silent_death(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _settle(future: asyncio.Future[Any], reply: Any) -> None:
-    if future.done():
-        return
-    if isinstance(reply, Exception):
-        future.set_exception(explain(reply))
-    else:
-        future.set_result(reply)
-
-
 CANNOT_NOW = (
     redis.exceptions.ReadOnlyError,
     redis.exceptions.MasterDownError,
     redis.exceptions.ClusterDownError,
+    redis.exceptions.AskError,  # and MovedError
+    redis.exceptions.TryAgainError,
 )
+CANNOT_NOW_CODES = (
+    "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "MOVED ", "ASK ", "TRYAGAIN",
+    "UNBLOCKED",  # the server was demoted while we waited in it
+)  # fmt: skip
 
 
 def _context(address: dict[str, Any]) -> ssl.SSLContext | None:
@@ -256,10 +271,7 @@ def explain(reply: Exception) -> Exception:
             f"the server is out of memory and takes no more requests ({text}); "
             "wait for the backlog to shrink, or raise its maxmemory"
         )
-    # UNBLOCKED: the server was demoted while we waited in it.
-    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED")) or isinstance(
-        reply, CANNOT_NOW
-    ):
+    if text.startswith(CANNOT_NOW_CODES) or isinstance(reply, CANNOT_NOW):
         return BrokerUnavailableError(f"the server cannot take commands now ({text})")
     if isinstance(reply, redis.exceptions.NoPermissionError) or any(words in text for words in _NO_PERMISSION):
         return ConfigError(
@@ -286,6 +298,9 @@ def foreign(what: str) -> SignatureError:
     )
 
 
+UNREACHABLE = (OSError, TimeoutError, hiredis.HiredisError, redis.exceptions.RedisError, BrokerUnavailableError)
+
+
 def cannot_reach(settings: Settings, error: Exception) -> BrokerUnavailableError:
     """What is to be said where there is no connection, in one line that names the server and what to look at."""
     reason = "no answer" if isinstance(error, TimeoutError) else error
@@ -303,13 +318,14 @@ async def dial(settings: Settings, name: str, on_message: Callable[[bytes], None
     """Connect, authenticate, and name the connection. Raises BrokerUnavailableError, within CONNECT_TIMEOUT_S."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            return await _dial(settings, name, on_message)
-    except (OSError, TimeoutError, hiredis.HiredisError, redis.exceptions.RedisError, BrokerUnavailableError) as e:
+            return await connect(settings.url, name, on_message)
+    except UNREACHABLE as e:
         raise cannot_reach(settings, e) from e
 
 
-async def _dial(settings: Settings, name: str, on_message: Callable[[bytes], None] | None) -> Link:
-    address: dict[str, Any] = dict(parse_url(settings.url))
+async def connect(url: str, name: str, on_message: Callable[[bytes], None] | None = None) -> Link:
+    """As `dial`, for as long as it takes, and raising whatever went wrong: one of UNREACHABLE."""
+    address: dict[str, Any] = dict(parse_url(url))
     loop = asyncio.get_running_loop()
 
     def make() -> Link:

@@ -19,7 +19,8 @@ from millstream.broker.records import ReplicaRecord, read_record
 from millstream.broker.supplying import Run, Supplier
 from millstream.config import Settings
 
-Ask = Callable[..., Awaitable[Any]]  # one command: `Link.ask`, or `execute_command` of a redis-py client
+# One command, by a link or `execute_command` of a redis-py client. `near`: in a cluster, at the node that has that key.
+Ask = Callable[..., Awaitable[Any]]
 log = logging.getLogger("millstream.sweeper")
 
 
@@ -109,7 +110,7 @@ async def bury(
         return 0  # it is back: its connections stay
     record = await ask("HGET", keys.replicas, replica)
     for connection in _connections(record) if record else ():
-        await ask("CLIENT", "KILL", "ID", connection)
+        await ask("CLIENT", "KILL", "ID", connection, near=keys.prefix)
     requeued = 0
     for lane in LANES:
         more = True

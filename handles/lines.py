@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from millstream.broker.bulk import Bulk
 from millstream.broker.call import Call
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import backoff
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 
@@ -108,9 +109,9 @@ class Lines:
     async def _dial_both(self) -> None:
         if self._connector is None:
             await self._user.on_first_dial()
-        commands = await dial(self._settings, f"ms:client:{self._name}")
+        commands = await dial_everywhere(self._settings, f"ms:client:{self._name}")
         try:
-            replies = await dial(self._settings, f"ms:replies:{self._name}", self._user.on_message)
+            replies = await dial_everywhere(self._settings, f"ms:replies:{self._name}", self._user.on_message)
         except BaseException:
             commands.close()
             raise

@@ -14,6 +14,7 @@ from millstream.retry import Retry
 # A damaged byte is detected with this key, a forged one is not: DESIGN section 5, invariant 10.
 PUBLIC_KEY = b"millstream: this key is public, it detects damage only"
 LEASE_S = 5.0
+CLUSTER_SCHEMES = ("redis+cluster://", "rediss+cluster://")
 STATE_FOLDER = ".millstream"
 ADVERT = "server.json"  # in the state folder: where the embedded server listens, and its secret (mode 0600)
 
@@ -30,9 +31,16 @@ class Settings:
     lease_s: float = LEASE_S  # who has not been heard of for so long is taken for dead
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("redis://", "rediss://", "unix://")):
+        if not self.url.startswith(("redis://", "rediss://", "unix://", *CLUSTER_SCHEMES)):
             raise ConfigError(
-                f"url {redact(self.url)!r} is not a Redis URL; write redis://host:port, rediss:// or unix://"
+                f"url {redact(self.url)!r} is not a Redis URL; "
+                "write redis://host:port, rediss://, unix:// or redis+cluster://host:port,host:port"
+            )
+        if self.is_cluster and not re.fullmatch(
+            r"[^/?]+(/0?)?(\?.*)?", self.url.partition("://")[2].rpartition("@")[2]
+        ):
+            raise ConfigError(
+                f"url {redact(self.url)!r} must name hosts of the cluster and no database but 0: a cluster has no other"
             )
         if not self.namespace or not self.namespace.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"namespace {self.namespace!r} must consist of letters, digits, '-' and '_'")
@@ -45,6 +53,10 @@ class Settings:
 
     def __repr__(self) -> str:
         return f"Settings(url={redact(self.url)!r}, namespace={self.namespace!r}, secret_key=<hidden>)"
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.url.startswith(CLUSTER_SCHEMES)
 
     @property
     def is_public(self) -> bool:

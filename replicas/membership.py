@@ -57,5 +57,6 @@ class Membership:
         """Take the node off the list."""
         keys, client = self._registry.keys, self._registry.client
         await client.hdel(keys.nodes, self._node)
-        await client.delete(keys.node_lease(self._node), keys.node_plan(self._node))
+        await client.delete(keys.node_lease(self._node))  # one by one: in a cluster they are on different nodes
+        await client.delete(keys.node_plan(self._node))
         await self._registry.announce(f"node {self._node} is leaving")

@@ -19,12 +19,13 @@ from typing import Any
 
 from millstream.broker import control_scripts, scripts
 from millstream.broker.call import Call
+from millstream.broker.cluster import dial, dial_everywhere
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Outage, backoff
 from millstream.broker.definitions import Definition, max_ongoing
 from millstream.broker.keys import Keys
 from millstream.broker.lease import Lease
-from millstream.broker.link import REFUSED, Link, dial
+from millstream.broker.link import REFUSED, Link
 from millstream.broker.records import Current, ReplicaRecord
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
@@ -204,10 +205,11 @@ class Replica:
         delays, outage = backoff(), Outage(log)
         while not intake.is_draining:
             try:
-                reads = self._reads = await dial(self._settings, f"ms:reads:{self._birth.replica}")
-                writes = self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
+                here = self._keys.prefix
+                reads = self._reads = await dial(self._settings, f"ms:reads:{self._birth.replica}", near=here)
+                writes = self._writes = await self._dial_writes()
                 hears = self._hears = await dial(
-                    self._settings, f"ms:hears:{self._birth.replica}", self._orders.on_message
+                    self._settings, f"ms:hears:{self._birth.replica}", self._orders.on_message, near=here
                 )
                 await hears.ask("SSUBSCRIBE", self._keys.orders(self._birth.replica))
                 await self._come_up(reads, writes, intake, finisher)
@@ -232,6 +234,10 @@ class Replica:
             await claiming
         finally:
             claiming.cancel()
+
+    async def _dial_writes(self) -> Link:
+        """What ends here may supply requests of other deployments, whose keys may be on other nodes."""
+        return await dial_everywhere(self._settings, f"ms:writes:{self._birth.replica}", near=self._keys.prefix)
 
     def _hang_up(self) -> None:
         for link in (self._reads, self._writes, self._hears):
@@ -377,7 +383,7 @@ class Replica:
         while executor.running or self._chores or not finisher.is_idle or updater.is_busy:
             if self._writes is None or not self._writes.is_up:
                 try:
-                    self._writes = await dial(self._settings, f"ms:writes:{self._birth.replica}")
+                    self._writes = await self._dial_writes()
                     self._resume(self._writes, finisher)
                 except BrokerUnavailableError:
                     await asyncio.sleep(next(delays))
@@ -397,12 +403,13 @@ class Replica:
             return _down()
         return self._writes.run(call)
 
-    def _ask(self, *command: Any) -> asyncio.Future[Any]:
+    def _ask(self, *command: Any, near: str = "") -> asyncio.Future[Any]:
+        """One command. `near` is what `bury` says of keys; ours are where `_writes` is at home."""
         if self._writes is None:
             return _down()
         return self._writes.ask(*command)
 
-    async def _ask_about_others(self, *command: Any) -> Any:
+    async def _ask_about_others(self, *command: Any, near: str = "") -> Any:
         """As `_ask`, but never kills a connection: the ones on record are ours."""
         return 0 if command[:2] == ("CLIENT", "KILL") else await self._ask(*command)
 

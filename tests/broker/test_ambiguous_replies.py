@@ -316,6 +316,13 @@ async def close(redis: Control, keys: DeploymentKeys) -> Call[Any]:
 
 
 @verb
+async def remove(redis: Control, keys: DeploymentKeys) -> Call[Any]:
+    await run(redis, await deploy(redis, keys))
+    await redis.delete(keys.config)
+    return control_scripts.remove(keys)
+
+
+@verb
 async def replace(redis: Control, keys: DeploymentKeys) -> Call[Any]:
     return control_scripts.replace(ALL, "app", b"", '{"name": "app"}')
 

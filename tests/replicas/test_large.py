@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from millstream.broker import bulk, pickling, remote_errors, scripts
+from millstream.broker.cluster import dial
 from millstream.broker.codec import Codec, codec_for
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import dial
 from millstream.broker.pickling import Pickled
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, MillstreamError, RefNotFoundError, SignatureError
@@ -150,12 +150,12 @@ async def test_write_waits_out_an_outage(
 ) -> None:
     failures = 0
 
-    async def refused(*arguments: Any) -> Any:
+    async def refused(*arguments: Any, **named: Any) -> Any:
         nonlocal failures
         if failures < 5:
             failures += 1
             raise BrokerUnavailableError("down")
-        return await dial(*arguments)
+        return await dial(*arguments, **named)
 
     monkeypatch.setattr(bulk, "dial", refused)
 

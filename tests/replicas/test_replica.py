@@ -445,11 +445,12 @@ async def test_replica_told_to_drain_in_an_outage_delivers_its_results_after_it(
 async def test_idle_replica_told_to_drain_in_an_outage_does_not_wait_for_its_end(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def unreachable(*_: Any) -> Any:
+    async def unreachable(*_: Any, **__: Any) -> Any:
         raise BrokerUnavailableError("nobody answers")
 
     replica = await stage.start(Model)
     monkeypatch.setattr(replica_module, "dial", unreachable)
+    monkeypatch.setattr(replica_module, "dial_everywhere", unreachable)
     for link in (replica.replica._reads, replica.replica._writes):
         assert link is not None
         link.close()
