@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from redis.asyncio.connection import parse_url
 from redis.crc import key_slot
 
 from millstream.broker import link as single
@@ -87,7 +88,7 @@ def read_map(cluster_url: str, asked_url: str, rows: Iterable[Any]) -> SlotMap:
     for first, last, primary, *_ in rows:
         host = (primary[0] or b"").decode()
         if not host or host == "?":
-            host = str(single.parse_url(asked_url).get("host", "localhost"))
+            host = str(parse_url(asked_url).get("host", "localhost"))
         found.append(
             (first, last, with_node(cluster_url, f"[{host}]:{primary[1]}" if ":" in host else f"{host}:{primary[1]}"))
         )

@@ -41,7 +41,7 @@ class ClusterControl(redis.asyncio.Redis):
         for wait_s in (*WAITS_S, None):
             try:
                 node = await self.node_of(key)
-                return await node.execute_command(*args, **options)
+                return await node.execute_command(*args, **options)  # type: ignore[no-untyped-call]
             except (*LOST, BrokerUnavailableError) as e:
                 self._slots = None
                 if wait_s is None:
@@ -67,7 +67,9 @@ class ClusterControl(redis.asyncio.Redis):
         known = [self._nodes[url] for url in (self._slots.urls if self._slots else ()) if url in self._nodes]
         return PubSub(random.choice(known).connection_pool if known else self.connection_pool, **options)
 
-    async def xread(self, streams: Any, count: int | None = None, block: int | None = None) -> Any:
+    async def xread(  # type: ignore[override]  # its type changes from release to release
+        self, streams: Any, count: int | None = None, block: int | None = None
+    ) -> Any:
         """Streams of several slots are read at once; what the first of them brings is returned."""
         by_tag: dict[str, dict[Any, Any]] = {}
         for name, last_id in streams.items():

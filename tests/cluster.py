@@ -5,6 +5,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import redis
@@ -46,7 +47,7 @@ class Cluster:
         wait_for(lambda: all(len(self._known(node)) == len(self.nodes) for node in self.nodes), "all to know of all")
         for number, node in enumerate(self.nodes[self._primaries :]):
             primary_id = self._ask(self.nodes[number], "CLUSTER", "MYID").decode()
-            wait_for(lambda node=node, wanted=primary_id: self._follows(node, wanted), "a replica to follow")
+            wait_for(partial(self._follows, node, primary_id), "a replica to follow")
         wait_for(lambda: all(self._is_well(node) for node in self.nodes), "the cluster to be well")
         return self
 
@@ -69,11 +70,25 @@ class Cluster:
             info = self._ask_raw(node, "INFO", "replication")
             if b"role:master" in info:
                 wanted = int(re.findall(rb"master_repl_offset:(\d+)", info)[0])
-                wait_for(lambda node=node, wanted=wanted: self._replicated(node) >= wanted, "the replica to catch up")
+                wait_for(partial(self._has_replicated, node, wanted), "the replica to catch up")
 
-    def _replicated(self, node: Server) -> int:
+    def _has_replicated(self, node: Server, offset: int) -> bool:
         offsets = re.findall(rb"slave\d+:.*offset=(\d+)", self._ask_raw(node, "INFO", "replication"))
-        return min(map(int, offsets), default=0)
+        return min(map(int, offsets), default=0) >= offset
+
+    def move(self, key: str) -> None:
+        """Move the slot of this key, with all that is in it, from its primary to another one."""
+        source = self.primary_of(key)
+        target = next(node for node in self.nodes[: self._primaries] if node is not source)
+        slot = int(self._ask(source, "CLUSTER", "KEYSLOT", key))
+        ids = {node: self._ask(node, "CLUSTER", "MYID").decode() for node in (source, target)}
+        self._ask(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        self._ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        while keys := self._ask(source, "CLUSTER", "GETKEYSINSLOT", slot, 10):
+            self._ask(source, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, source):
+            self._ask(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+        wait_for(lambda: self.primary_of(key) is target, "all to know of the move")
 
     def flush(self) -> None:
         for node in self.nodes:
