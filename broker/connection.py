@@ -40,6 +40,8 @@ def open_control(settings: Settings, name: str) -> Control:
     redis-py 8 repeats every command 10 times by default. Ours repeats a few times, quickly: all that goes this way is
     idempotent, and loops have a backoff of their own.
     """
+    # Longer than any blocking read. In a cluster, another node may answer in place of one that does not: tried at once.
+    timeout_s, retries = (2.5, 0) if settings.is_cluster else (10.0, 3)
 
     def open_node(url: str) -> Control:
         return redis.asyncio.Redis.from_url(
@@ -47,8 +49,8 @@ def open_control(settings: Settings, name: str) -> Control:
             protocol=2,
             client_name=name,
             socket_connect_timeout=5.0,
-            socket_timeout=10.0,  # longer than any blocking read we make
-            retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 3),
+            socket_timeout=timeout_s,
+            retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), retries),
             retry_on_error=[redis.exceptions.ConnectionError],
         )
 

@@ -1,15 +1,18 @@
 """A launcher's place in the cluster: the record of its node, and the leases of the node and its replicas."""
 
+import asyncio
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 
 from millstream.broker import control_scripts
 from millstream.broker.records import NodeRecord, ReplicaRecord
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Run
+from millstream.errors import BrokerUnavailableError
 from millstream.replicas.process import ReplicaProcess
 
 
@@ -28,14 +31,35 @@ class Membership:
 
     async def renew(self, replicas: Iterable[ReplicaProcess]) -> None:
         """The leases of the node and its replicas; the node's record with it, in case the server has lost it."""
-        await self._run(control_scripts.renew([self._registry.keys.node_lease(self._node)], self._ttl_s, self._node))
-        if self._record:
-            await self._run(control_scripts.enlist(self._registry.keys.nodes, self._node, self._record))
         by_tag: dict[str, list[str]] = {}
         for process in replicas:
             by_tag.setdefault(process.tag, []).append(process.replica)
-        for tag, names in by_tag.items():
-            await self.lease(tag, *names)
+        work: list[Callable[[], Awaitable[None]]] = [self._renew_node]
+        work += [partial(self.lease, tag, *names) for tag, names in by_tag.items()]
+        if self._registry.settings.is_cluster:
+            await self._all_at_once(work)
+        else:
+            for renew in work:
+                await renew()
+
+    async def _all_at_once(self, work: Iterable[Callable[[], Awaitable[None]]]) -> None:
+        """Leases on other nodes must not expire while one node does not answer."""
+
+        async def in_time(renew: Callable[[], Awaitable[None]]) -> None:
+            try:
+                async with asyncio.timeout(self._ttl_s / 3):
+                    await renew()
+            except TimeoutError as e:
+                raise BrokerUnavailableError("a node of the cluster does not answer") from e
+
+        ends = await asyncio.gather(*[in_time(renew) for renew in work], return_exceptions=True)
+        for error in [end for end in ends if end is not None]:
+            raise error
+
+    async def _renew_node(self) -> None:
+        await self._run(control_scripts.renew([self._registry.keys.node_lease(self._node)], self._ttl_s, self._node))
+        if self._record:
+            await self._run(control_scripts.enlist(self._registry.keys.nodes, self._node, self._record))
 
     async def lease(self, tag: str, *replicas: str) -> None:
         """Replicas of one deployment live, for a while."""

@@ -31,6 +31,7 @@ class Cluster:
         self._bus_ports = [free_port() for _ in range(2 * primaries)]  # by default 10,000 above, which may be too high
         self.nodes = [Server(name, *cluster, "--cluster-port", str(port), *options) for port in self._bus_ports]
         self._primaries = primaries
+        self._failed: set[Server] = set()
 
     @property
     def url(self) -> str:
@@ -57,7 +58,7 @@ class Cluster:
 
     def primary_of(self, key: str) -> Server:
         """The process that has this key now, as one that lives knows."""
-        alive = next(node for node in self.nodes if node.is_up)
+        alive = self._alive[0]
         slot = int(self._ask(alive, "CLUSTER", "KEYSLOT", key))
         for first, last, primary, *_ in self._ask(alive, "CLUSTER", "SLOTS"):
             if first <= slot <= last:
@@ -66,7 +67,7 @@ class Cluster:
 
     def wait_for_replicas(self) -> None:
         """Return when all that has been written until now is with the replicas, too."""
-        for node in [node for node in self.nodes if node.is_up]:
+        for node in self._alive:
             info = self._ask_raw(node, "INFO", "replication")
             if b"role:master" in info:
                 wanted = int(re.findall(rb"master_repl_offset:(\d+)", info)[0])
@@ -91,12 +92,25 @@ class Cluster:
         wait_for(lambda: self.primary_of(key) is target, "all to know of the move")
 
     def flush(self) -> None:
-        for node in self.nodes:
+        for node in self._alive:
             with contextlib.suppress(redis.exceptions.ReadOnlyError):
                 self._ask(node, "FLUSHALL")
 
-    def wait_until_well(self) -> None:
-        wait_for(lambda: all(self._is_well(node) for node in self.nodes if node.is_up), "the cluster to be well")
+    def fail(self, node: Server, how: str) -> None:
+        """Kill a node, or freeze it."""
+        self._failed.add(node)
+        node.kill() if how == "kill" else node.freeze()
+
+    def thaw(self, node: Server) -> None:
+        """Let a frozen primary go on, and return when it follows the one that took its place."""
+        node.thaw()
+        self._failed.discard(node)
+        wait_for(lambda: b"master_link_status:up" in self._ask_raw(node, "INFO", "replication"), "it to follow")
+        wait_for(lambda: all(self._is_well(one) for one in self._alive), "the cluster to be well")
+
+    @property
+    def _alive(self) -> list[Server]:
+        return [node for node in self.nodes if node not in self._failed]
 
     def _known(self, node: Server) -> list[bytes]:
         return [row for row in self._ask_raw(node, "CLUSTER", "NODES").splitlines() if b"handshake" not in row]

@@ -39,7 +39,13 @@ def advertise(folder: Path, **fields: Any) -> None:
 # Settings
 
 
-@pytest.mark.parametrize("url", ["redis://localhost", "rediss://:pw@example.org:1/2", "unix:///tmp/socket?db=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost", "rediss://:pw@example.org:1/2", "unix:///tmp/socket?db=1",
+        "redis+cluster://a:1,b:2", "rediss+cluster://me:p,w@a:1,b:2/0?ssl_cert_reqs=none",
+    ],
+)  # fmt: skip
 def test_redis_urls_are_accepted(url: str) -> None:
     assert Settings(url).url == url
 

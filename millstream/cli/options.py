@@ -85,7 +85,7 @@ def server_options(command: F) -> F:
     for option in (
         click.option("--state", envvar="MILLSTREAM_STATE", metavar="DIR", help="Folder of the embedded server [.millstream]."),
         click.option("--namespace", envvar="MILLSTREAM_NAMESPACE", help="Part of the server to use [ms]."),
-        click.option("--url", envvar="MILLSTREAM_URL", help="redis://host:port, rediss:// or unix://; wins over --state."),
+        click.option("--url", envvar="MILLSTREAM_URL", help="redis://host:port, rediss://, unix:// or redis+cluster://; wins over --state."),
     ):  # fmt: skip
         with_server = option(with_server)
     return with_server  # type: ignore[return-value]

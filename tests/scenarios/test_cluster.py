@@ -144,10 +144,11 @@ class Load:
         self._pool.shutdown()
 
 
+@pytest.mark.parametrize(("how", "number"), [("freeze", 0), ("kill", 1)])  # what is killed stays away
 def test_failover_loses_nothing_that_was_replicated_and_hangs_nobody(
-    connected: Cluster, ledger: Path, tmp_path: Path
+    connected: Cluster, ledger: Path, tmp_path: Path, how: str, number: int
 ) -> None:
-    victim, *others = NAMES
+    victim, *others = NAMES[number:] + NAMES[:number]
     serve.run(Front.bind(*[Worker.options(name=name, max_ongoing_requests=500).bind(str(ledger)) for name in NAMES]))
     go = tmp_path / "go"
     queued = handle_of(victim).options(block_until="queued")
@@ -161,11 +162,10 @@ def test_failover_loses_nothing_that_was_replicated_and_hangs_nobody(
     connected.wait_for_replicas()
     primary = connected.primary_of(f"{{ms:default.{victim}}}:open")
 
-    primary.kill()
-    killed_at, before = time.monotonic(), on_victim.returned
-    connected.wait_until_well()
+    connected.fail(primary, how)
+    failed_at, before = time.monotonic(), on_victim.returned
     wait_for(lambda: on_victim.returned > before + 20, 60, "calls to go on")
-    outage_s = time.monotonic() - killed_at
+    outage_s = time.monotonic() - failed_at
     go.touch()
 
     values = millstream.get(held, timeout=60)
@@ -176,4 +176,6 @@ def test_failover_loses_nothing_that_was_replicated_and_hangs_nobody(
     assert load.wrong == on_victim.wrong == []
     assert load.returned > 0
     assert connected.primary_of(f"{{ms:default.{victim}}}:open") is not primary
+    if how == "freeze":
+        connected.thaw(primary)
     print(f"calls go on after {outage_s:.1f} s; not found: {load.not_found} + {on_victim.not_found}")
