@@ -21,6 +21,7 @@ from millstream.broker.scripts import Ended, Submitted
 from millstream.broker.sweeper import Sweeper
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, ConfigError
+from tests.access import make_user
 from tests.cluster import Cluster
 from tests.helpers import new_ref, request, wait_until
 from tests.servers import AnyServer, Server, free_port
@@ -134,6 +135,24 @@ async def test_a_seed_that_is_gone_is_passed_over(cluster: Cluster, monkeypatch:
     settings = Settings(f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.nodes[4].port}")
 
     link = await dial_everywhere(settings, "test")
+
+    assert link.is_up
+    link.close()
+
+
+async def test_user_needs_one_right_more_than_without_a_cluster(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        url = make_user(node, "ms-caller")
+    settings = Settings(url.replace("redis://", "redis+cluster://"))
+    with pytest.raises(ConfigError, match=r"NOPERM .*'cluster\|slots'"):
+        await dial_everywhere(settings, "test")
+
+    for node in cluster.nodes:
+        with node.connect_blocking() as client:
+            client.acl_setuser("ms-caller", enabled=True, commands=["+cluster|slots"])
+    link = await dial_everywhere(settings, "test")
+    async with open_control(settings, "test") as control:
+        await ping(control, settings)
 
     assert link.is_up
     link.close()

@@ -366,7 +366,7 @@ async def test_drain_ends_by_its_deadline_and_leaves_the_rest_for_others(stage: 
 
 
 async def _bury(stage: Stage, redis: Control, replica: Hosted) -> None:
-    async def ask(*command: Any) -> Any:
+    async def ask(*command: Any, near: str = "") -> Any:
         return await redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
     async def run_script(call: Any) -> Any:
