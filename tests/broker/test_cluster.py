@@ -180,7 +180,7 @@ async def test_requests_run_in_every_part_of_the_slots(link: Link, control: Cont
 async def test_cancelled_held_and_swept_in_every_part_of_the_slots(
     link: Link, control: Control, settings: Settings
 ) -> None:
-    sweeper = Sweeper(settings, lambda call: run(control, call), control.execute_command, lease_s=0.0)
+    sweeper = Sweeper(settings, lambda call: run(control, call), control.execute_command)
     for tag in tags(12):
         keys, later, never = await deploy(control, tag), new_ref(), new_ref()
 

@@ -5,6 +5,7 @@ Where it is the product's own code that does several things (`Supplier`, `Sweepe
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 from millstream.broker import control_scripts, remote_errors, scripts, sweeper
@@ -105,7 +106,7 @@ async def bury(keys: DeploymentKeys, replica: str) -> None:
 
 
 async def sweep(keys: DeploymentKeys) -> None:
-    await Sweeper(SETTINGS, run, ask, lease_s=0.0).step(keys.tag)
+    await Sweeper(SETTINGS, run, ask, clock=count(0, 3600).__next__).step(keys.tag)  # it has watched for long
 
 
 # who deploys
