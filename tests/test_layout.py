@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOT_PACKAGES = {"tests", "examples", "benchmarks", "docs", "docker", "build", "dist"}
+NOT_PACKAGES = {"tests", "examples", "benchmarks", "chaos", "docs", "docker", "build", "dist"}
 
 
 def setuptools_table() -> Any:
