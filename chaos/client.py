@@ -18,7 +18,7 @@ from chaos.application import ITEMS
 from chaos.ledger import Ledger, Line, read
 from chaos.plan import Kind, Step, steps
 from millstream import serve
-from millstream.errors import RequestCancelledError
+from millstream.errors import BrokerUnavailableError, RefNotFoundError, RequestCancelledError
 from millstream.handles.ref import ObjectRef
 
 AT_ONCE = 24  # steps of one client
@@ -34,6 +34,7 @@ class Client:
     async def run(self, plan: list[Step], rate: float, before: list[Line]) -> None:
         """Follow what predecessors have left open; make the steps at `rate` requests a second, or as fast as they end."""
         self._ledger.note("begin", self._me, os.getpid())
+        await connect()
         slots, started = asyncio.Semaphore(AT_ONCE), time.monotonic()
         first = plan[0].number if plan else 0
         async with asyncio.TaskGroup() as tasks:
@@ -165,6 +166,23 @@ SINGLE: dict[Kind, Single] = {
     Kind.STREAM: Client._stream,
     Kind.CANCEL: Client._cancelled,
 }
+
+
+async def connect() -> None:
+    """Connect both engines of this process. A first connection that fails is told to who asks, and not tried again."""
+    nobody = "default.Work~" + "0" * 22
+    for look in (lambda: _look(nobody), lambda: asyncio.to_thread(ObjectRef.from_id(nobody).result)):
+        while True:
+            try:
+                await look()
+            except RefNotFoundError:
+                break
+            except BrokerUnavailableError:
+                await asyncio.sleep(0.1)
+
+
+async def _look(ref_id: str) -> object:
+    return await ObjectRef.from_id(ref_id)
 
 
 def token_of(name: str, value: Any) -> str:

@@ -91,7 +91,7 @@ SHORT = {
 }  # fmt: skip
 
 LASTS_S = {  # from, to
-    Harm.PAUSE_REPLICA: (0.2, 1.0), Harm.PAUSE_LAUNCHER: (6.0, 8.0), Harm.STALL: (0.2, 1.5), Harm.SERVER: (0.1, 2.0),
+    Harm.PAUSE_REPLICA: (0.2, 1.0), Harm.PAUSE_LAUNCHER: (8.0, 14.0), Harm.STALL: (0.2, 1.5), Harm.SERVER: (0.1, 2.0),
     Harm.KILL_LAUNCHER: (0.5, 3.0), Harm.VANISH_HOST: (0.5, 8.0), Harm.KILL_CLIENT: (0.1, 1.0),
     Harm.KILL_AUTOSCALER: (0.1, 3.0),
 }  # fmt: skip

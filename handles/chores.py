@@ -87,6 +87,7 @@ class Chores:
     def held(self, request: Request) -> None:
         """The server holds it."""
         self._forget(request)
+        self._hub.recovery.keep_request(request)
         self._hub.pending.get(request.pending.ref, request.pending).match()
         self._wake_when_due(request)
 
@@ -122,6 +123,7 @@ class Chores:
             if answer is None:
                 return
             request.acknowledge()
+            self._hub.recovery.keep_request(request)
             if request.must_wait or request.until_queued:
                 self._hub.pending.get(pending.ref, pending).match()
             if answer is not Submitted.NEW:  # sent twice, perhaps by another engine of ours, which then has the reply

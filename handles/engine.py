@@ -24,6 +24,7 @@ from millstream.handles.endings import Endings
 from millstream.handles.large import LargeValues
 from millstream.handles.lines import Lines
 from millstream.handles.patrol import LOOK_AT_ONCE, Patrol
+from millstream.handles.recovery import Recovery
 from millstream.handles.route import Pending, Route, Several
 from millstream.handles.submitter import Submitter
 
@@ -45,6 +46,7 @@ class Engine:
         self.large = LargeValues(self)
         self.chores = Chores(self, self.large)
         self.start = self.chores.start
+        self.recovery = Recovery(self, self.chores.send)
         self.drops = Drops(self.lines, self.route)
         self.endings = Endings(self)
         self.deadlines = Deadlines(self.loop, self.pending, self.endings.expire)
@@ -194,6 +196,8 @@ class Engine:
         if outcomes.large_part(answer) is not None:
             self.large.fetch(pending, answer)
             return
+        if answer == b"unknown" and self.recovery.takes(pending):
+            return
         self.pending.pop(pending.ref, None)
         if answer == b"unknown":
             pending.fail(outcomes.not_found(f"{pending.codec.tag}~{pending.ref.decode()}"))
@@ -244,6 +248,7 @@ class Engine:
 
     def on_tick(self) -> None:
         self.drops.flush()
+        self.recovery.prune()
         self._patrol.step()
 
     async def _read_again(self) -> None:

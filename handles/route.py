@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
 
 from millstream.broker.codec import Codec, Verified, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys
@@ -164,6 +164,12 @@ class Request:
             if self.is_acknowledged:
                 self.acknowledged.set_result(None)
         return self.acknowledged
+
+    def anew(self, pending: Pending) -> Self:
+        """The same request, to be sent once more; for whoever waits for it now."""
+        return replace(
+            self, pending=pending, acknowledged=None, is_acknowledged=False, is_in_the_air=False, was_submitted=False
+        )
 
     def acknowledge(self) -> None:
         self.is_acknowledged = True

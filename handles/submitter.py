@@ -151,6 +151,12 @@ class Submitter:
                 route.buffer += request
         self._prepare(route)
 
+    def send_again(self, route: Route, request: list[Any]) -> None:
+        """One that the server had acknowledged, and has lost."""
+        route.buffer += request
+        route.buffered_bytes += _size_of(request)
+        self._prepare(route)
+
     def flush(self, route: Route) -> None:
         """Put what is buffered for this deployment into the air, at most FLUSH_REQUESTS at a time."""
         commands = self._lines.commands
@@ -193,6 +199,7 @@ class Submitter:
         if isinstance(reply, Exception):
             self.refused(route, refs, reply)
         else:
+            self._hub.recovery.keep(route, batch)
             if reply:
                 refs = self._not_new(route, batch, reply)
             for ref in self._unqueued.intersection(refs) if self._unqueued else ():

@@ -15,8 +15,6 @@ RETRY_S = 0.005
 class Overseer(Protocol):
     """Who has started a replica and watches over it, as the replica sees it: a `Control` leads to its launcher."""
 
-    is_orphaned: bool  # gone: the replica renews its own lease, and ends
-
     async def send(self, message: dict[str, Any]) -> None: ...
     def messages(self) -> AsyncIterator[dict[str, Any]]: ...
 
@@ -28,14 +26,11 @@ class Control:
         self._socket = sock
         sock.setblocking(False)
         self._one_at_a_time = asyncio.Lock()
-        self.is_orphaned = False
 
     async def send(self, message: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        try:
+        with contextlib.suppress(OSError):  # it is gone: whoever reads `messages` hears of that
             await loop.sock_sendall(self._socket, json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.is_orphaned = True
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
         """The peer's messages, until it is gone."""
@@ -46,7 +41,6 @@ class Control:
             except OSError:
                 data = b""
             if not data:
-                self.is_orphaned = True
                 return
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:

@@ -297,14 +297,15 @@ class Replica:
         while True:
             await asyncio.sleep(min(HOUSEKEEPING_S, self._lease.look_every_s) * random.uniform(0.8, 1.2))
             try:
+                # A launcher that is dead, or stands still, is no reason to take our requests from us.
+                if not self._birth.is_thread:  # there, the node gives leases of its own length
+                    await self._renew_lease()
                 await sweeper.step(self._birth.tag)
                 await self._clock.set(self._ask)
                 await self._orders.check(self._ask)
                 await self._emitters.look()
                 if not await self._ask("EXISTS", self._keys.config):
                     self.stop()  # the deployment was removed; usually the launcher says so first
-                if self._control.is_orphaned:
-                    await self._renew_lease()
             except BrokerUnavailableError:
                 sweeper.connection_was_broken()
             except REFUSED as e:

@@ -56,7 +56,6 @@ class ReplicaThread:
         self.end = ""  # how it ended; empty until then
         self.cut_at: float | None = None
         self._is_cut = False
-        self.is_orphaned = False  # its node is as alive as it is
         self._settings, self._recipe, self._changed = settings, recipe, changed
         self._loop = new_loop()
         self._replica: Replica | None = None

@@ -494,6 +494,20 @@ async def test_orphaned_replica_renews_its_own_lease_while_it_drains(
     assert (await ending, await future) == (0, 1)
 
 
+async def test_replica_renews_its_lease_though_its_launcher_stands_still(
+    stage: Stage, redis: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "HOUSEKEEPING_S", 0.02)
+    replica = await stage.start(Model)
+
+    await redis.pexpire(stage.keys.lease(replica.name), 60)
+
+    async def is_renewed() -> bool:
+        return await redis.pttl(stage.keys.lease(replica.name)) > 1000
+
+    await wait_until(is_renewed)
+
+
 async def test_replica_drains_when_it_is_stopped(stage: Stage) -> None:
     replica = await stage.start(Model)
 
