@@ -10,7 +10,7 @@ UP_TO_DATE := $(VENV)/up-to-date
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench soak clean
+.PHONY: help setup demo test test-fast check format bench soak chaos clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: setup ## requests per second and latency on this machine
 
 soak: setup ## a million requests of all kinds: memory and keys must stay flat; about 5 minutes
 	$(BIN)/python -m benchmarks.soak --plot docs/figures/soak.svg
+
+chaos: setup ## 200,000 requests while everything is killed, stopped, cut off and restarted; about 9 minutes
+	$(BIN)/python -m chaos
 
 clean: ## remove .venv and caches (never .millstream: that is data)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from chaos.plan import FULL, SHORT, Harm, ServerFaults
+from chaos.plan import Harm, ServerFaults, mix
 from chaos.report import as_json, as_text
 from chaos.run import run
 from chaos.world import Load
@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--rate", type=float, default=400.0, help="requests per second, of all clients together")
     parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--short", action="store_true", help="few faults, each kind once at least")
     parser.add_argument("--only", type=_counts, help="these faults instead, as in kill-replica=10,cut=3")
     parser.add_argument("--server-faults", type=ServerFaults, choices=list(ServerFaults), default=ServerFaults.ORDERLY)
     parser.add_argument("--json", type=Path)
@@ -35,7 +34,7 @@ def main() -> None:
     o = parser.parse_args()
     folder = o.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     load, started_s = Load(o.seed, o.requests, o.clients, o.rate), time.monotonic()
-    how_many = o.only or (SHORT if o.short else FULL)
+    how_many = o.only or mix(load.duration_s)
     outcome = run(folder, load, how_many, o.server_faults, say=_say)
     about = f"seed {o.seed}, {o.server_faults}, {o.clients} clients, {time.monotonic() - started_s:.0f} s"
     print(as_text(outcome.verdict, outcome.faults, about))

@@ -79,15 +79,11 @@ class ServerFaults(StrEnum):
     )
 
 
-# Of a full run: more than a hundred SIGKILLs, since a host takes several with it.
+# In FULL_S seconds: more than a hundred SIGKILLs, since a host takes several with it.
+FULL_S = 500.0
 FULL = {
     Harm.KILL_REPLICA: 60, Harm.KILL_LAUNCHER: 8, Harm.KILL_AUTOSCALER: 8, Harm.KILL_CLIENT: 14, Harm.VANISH_HOST: 6,
     Harm.STOP_REPLICA: 8, Harm.PAUSE_REPLICA: 8, Harm.PAUSE_LAUNCHER: 4, Harm.CUT: 24, Harm.STALL: 6, Harm.SERVER: 5,
-}  # fmt: skip
-# Every kind once at least, in a minute.
-SHORT = {
-    Harm.KILL_REPLICA: 5, Harm.KILL_LAUNCHER: 1, Harm.KILL_AUTOSCALER: 1, Harm.KILL_CLIENT: 2, Harm.VANISH_HOST: 1,
-    Harm.STOP_REPLICA: 1, Harm.PAUSE_REPLICA: 1, Harm.PAUSE_LAUNCHER: 1, Harm.CUT: 3, Harm.STALL: 1, Harm.SERVER: 1,
 }  # fmt: skip
 
 LASTS_S = {  # from, to
@@ -105,6 +101,11 @@ class Planned:
     harm: Harm
     target: float
     lasts_s: float
+
+
+def mix(duration_s: float) -> dict[Harm, int]:
+    """How many of each: as dense as in a full run, and one of each kind at least."""
+    return {harm: max(1, round(count * duration_s / FULL_S)) for harm, count in FULL.items()}
 
 
 def faults(seed: int, duration_s: float, how_many: dict[Harm, int]) -> list[Planned]:

@@ -9,7 +9,8 @@ piece of data that comes along; `stall SECONDS`. It ends with its stdin.
 import asyncio
 import random
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 PIECE_BYTES = 64 * 1024
 AT_LATEST_S = 1.0  # a connection that is to be cut carries something by then, or ends all the same
@@ -23,7 +24,7 @@ class Connection:
         self.cut_at: int | None = None  # after so many bytes of the next piece
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError), self._ending():  # uvloop raises the latter where it has closed it already
             while data := await reader.read(PIECE_BYTES):
                 await self._proxy.is_open.wait()
                 if self.cut_at is not None:
@@ -31,7 +32,14 @@ class Connection:
                     break
                 writer.write(data)
                 await writer.drain()
-        self.end()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """However one direction ends, the other one does, too."""
+        try:
+            yield
+        finally:
+            self.end()
 
     def end(self) -> None:
         for writer in self._writers:

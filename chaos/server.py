@@ -53,11 +53,18 @@ class Server:
 
     def look(self) -> None:
         """Note how long the AOF is now; to be called every SAMPLE_S."""
-        if self.loses_data and (not self._sizes or time.monotonic() - self._sizes[-1][0] >= SAMPLE_S):
+        if self._process is None or not self.loses_data:
+            return
+        if not self._sizes or time.monotonic() - self._sizes[-1][0] >= SAMPLE_S:
             self._sizes.append((time.monotonic(), sum(file.stat().st_size for file in self._incremental())))
 
-    def end(self) -> None:
-        """In the way of this run."""
+    def restart(self, after_s: float) -> None:
+        """End it in the way of this run, and start it again after a while."""
+        self._end()
+        time.sleep(after_s)
+        self.start()
+
+    def _end(self) -> None:
         self._signal(signal.SIGTERM if self._how is ServerFaults.ORDERLY else signal.SIGKILL)
         if self.loses_data:
             self._lose_the_end()
@@ -68,9 +75,9 @@ class Server:
 
     def _signal(self, number: int) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
-        self._process.wait(30)
-        self._process = None
+        process, self._process = self._process, None
+        process.send_signal(number)
+        process.wait(30)
 
     def _lose_the_end(self) -> None:
         """The AOF is as long as it was LOSES_S ago."""

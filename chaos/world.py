@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class World:
         self._replicas: dict[str, int] = {}  # that have come up, by name -> pid
         self._read_to = 0
         self._frozen: list[tuple[float, list[int]]] = []  # until when, who
-        self._gone: list[tuple[float, Fault]] = []
+        self._over_s = 0.0  # when all that was done so far is over
+        self._restarting: tuple[threading.Thread, float] | None = None  # the server, since when
         self.faults: list[Fault] = []
         self.started_s = 0.0
 
@@ -103,6 +105,8 @@ class World:
         serve.deploy_only(application.app, timeout_s=UP_TIMEOUT_S)
 
     def close(self) -> None:
+        if self._restarting is not None:
+            self._restarting[0].join()
         millstream.shutdown()
         for _, pids in self._frozen:
             signal_all(pids, signal.SIGCONT)
@@ -135,14 +139,13 @@ class World:
             if waiting and now_s >= self.started_s + waiting[0].at_s:
                 self._harm(waiting.pop(0))
             self._look(now_s)
-            if not waiting and not self._frozen and not self._gone and self._hangs(now_s):
+            if not waiting and not self._frozen and self._restarting is None and self._hangs(now_s):
                 self._say("clients hang: the run ends here")
                 return
             time.sleep(LOOK_EVERY_S)
 
     def _hangs(self, now_s: float) -> bool:
-        over_s = max([fault.until_s for fault in self.faults], default=self.started_s)
-        return now_s > max(over_s, self.started_s + self._load.duration_s * 3) + HANGS_AFTER_S
+        return now_s > max(self._over_s, self.started_s + self._load.duration_s * 3) + HANGS_AFTER_S
 
     def _look(self, now_s: float) -> None:
         """Thaw what was frozen for long enough; start what is to be there again; see which replicas have come."""
@@ -152,7 +155,7 @@ class World:
             self._frozen.remove((until_s, pids))
         for member in (*self._launchers, self._autoscaler, *self._clients):
             member.look()
-        self._gone = [gone for gone in self._gone if now_s < gone[0]]
+        self._see_server_back()
         lines, self._read_to = ledger.read(self.replicas_ledger, self._read_to)
         self._replicas.update((line.who, int(line.what)) for line in lines if line.event == "up")
 
@@ -166,14 +169,21 @@ class World:
 
     def _harm(self, planned: Planned) -> None:
         at_s = time.monotonic()
+        if planned.harm is Harm.SERVER:
+            self._restart_server(planned, at_s)
+            return
         fault = self._done(planned, at_s)
         if fault is None:
             self._say(f"{at_s - self.started_s:6.1f} s  {planned.harm}: there is none")
             return
+        self._note(fault)
+
+    def _note(self, fault: Fault) -> None:
         self.faults.append(fault)
-        self._gone.append((fault.until_s, fault))
+        self._over_s = max(self._over_s, fault.until_s)
+        at_s = fault.at_s
         also = f" {' '.join(map(str, fault.pids))}" if fault.pids else ""
-        self._say(f"{at_s - self.started_s:6.1f} s  {planned.harm}{also}, for {fault.until_s - at_s:.1f} s")
+        self._say(f"{at_s - self.started_s:6.1f} s  {fault.harm}{also}, for {fault.until_s - at_s:.1f} s")
 
     def _done(self, planned: Planned, at_s: float) -> Fault | None:
         harm, lasts_s = planned.harm, planned.lasts_s
@@ -191,11 +201,20 @@ class World:
             case Harm.STALL:
                 self._order(f"stall {lasts_s}")
                 return Fault(at_s, at_s + lasts_s, harm)
-            case Harm.SERVER:
-                self.server.end()
-                time.sleep(lasts_s)
-                self.server.start()
-                return Fault(at_s, time.monotonic(), harm, loses_data=self.server.loses_data)
+            case _:
+                return None  # the server has a thread of its own
+
+    def _restart_server(self, planned: Planned, at_s: float) -> None:
+        """In a thread: other faults go on meanwhile."""
+        if self._restarting is None:
+            thread = threading.Thread(target=self.server.restart, args=[planned.lasts_s])
+            thread.start()
+            self._restarting = thread, at_s
+
+    def _see_server_back(self) -> None:
+        if self._restarting is not None and not self._restarting[0].is_alive():
+            at_s, self._restarting = self._restarting[1], None
+            self._note(Fault(at_s, time.monotonic(), Harm.SERVER, loses_data=self.server.loses_data))
 
     def _harm_replica(self, planned: Planned, at_s: float) -> Fault | None:
         alive = sorted(pid for pid in self._replicas.values() if lives(pid) and not self._is_frozen(pid))

@@ -84,7 +84,7 @@ async def test_chain_that_its_server_has_lost_is_sent_again(own_server: Server, 
     await asyncio.to_thread(restart_without, own_server, disk)
     gate.open()
 
-    assert await asyncio.wait_for(asyncio.gather(second, delayed), 20) == ["first", "delayed"]
+    assert list(await asyncio.wait_for(asyncio.gather(second, delayed), 20)) == ["first", "delayed"]
 
 
 async def test_keyed_request_that_its_server_has_lost_is_one_request_again(
