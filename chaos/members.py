@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+SURE_AFTER_S = 10.0
+
 
 @dataclass(slots=True)
 class Member:
@@ -25,6 +27,7 @@ class Member:
     has_left: bool = False
     failures: list[str] = field(default_factory=list)
     was_killed: bool = False
+    started_s: float = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -38,6 +41,7 @@ class Member:
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self.generation += 1
+        self.started_s = time.monotonic()
         self.was_killed = False
 
     def look(self) -> bool:
@@ -50,7 +54,8 @@ class Member:
         if code == 0:
             self.has_left = True
             return False
-        if code is not None and not self.was_killed:
+        # One that cannot reach the server when it starts says so and ends.
+        if code is not None and not self.was_killed and time.monotonic() > self.started_s + SURE_AFTER_S:
             self.failures.append(f"{self.name} ended with exit code {code}")
         self.close_stdin()
         self.start()

@@ -189,7 +189,7 @@ class World:
         harm, lasts_s = planned.harm, planned.lasts_s
         match harm:
             case Harm.KILL_REPLICA | Harm.STOP_REPLICA | Harm.PAUSE_REPLICA:
-                return self._harm_replica(planned, at_s)
+                return self._harm_replica(planned)
             case Harm.KILL_LAUNCHER | Harm.KILL_AUTOSCALER | Harm.KILL_CLIENT | Harm.VANISH_HOST:
                 return self._kill_member(planned, at_s)
             case Harm.PAUSE_LAUNCHER:
@@ -216,14 +216,15 @@ class World:
             at_s, self._restarting = self._restarting[1], None
             self._note(Fault(at_s, time.monotonic(), Harm.SERVER, loses_data=self.server.loses_data))
 
-    def _harm_replica(self, planned: Planned, at_s: float) -> Fault | None:
+    def _harm_replica(self, planned: Planned) -> Fault | None:
         alive = sorted(pid for pid in self._replicas.values() if lives(pid) and not self._is_frozen(pid))
         victim = _pick(alive, planned.target)
         if victim is None:
             return None
+        at_s = time.monotonic()  # to look for them took some ms, in which attempts start
         if planned.harm is Harm.KILL_REPLICA:
             os.kill(victim, signal.SIGKILL)
-            return Fault(at_s, at_s, planned.harm, (victim,), kills=1)
+            return Fault(at_s, time.monotonic(), planned.harm, (victim,), kills=1)
         # One that is stopped for good is killed by its launcher; it wakes up only if nobody did that for very long.
         for_s = planned.lasts_s or application.HEALTH_TIMEOUT_S + 20.0
         return self._freeze(planned.harm, victim, at_s, for_s)
