@@ -9,6 +9,8 @@ whose ref ids it finds, sends those again that have an idempotency key, and goes
 import argparse
 import asyncio
 import os
+import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -224,9 +226,16 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(name, type=kind)
     o = parser.parse_args()
+    threading.Thread(target=_end_with_owner, daemon=True).start()
     before = [line for line in read(o.ledger)[0] if line.who.startswith(f"c{o.client}-")]
     plan = rest_of(list(steps(o.seed, o.client, o.requests)), before)
     uvloop.run(_run(Ledger(o.ledger), f"c{o.client}", o.generation, plan, o.rate, before))
+
+
+def _end_with_owner() -> None:
+    """It holds the other end of our stdin."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 async def _run(ledger: Ledger, name: str, generation: int, plan: list[Step], rate: float, before: list[Line]) -> None:
