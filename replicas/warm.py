@@ -20,7 +20,7 @@ import traceback
 from typing import Any, NoReturn
 
 from millstream.broker.codec import codec_for
-from millstream.broker.connection import open_control
+from millstream.broker.connection import DOWN, backoff, open_control
 from millstream.broker.definitions import Definition, open_definition
 from millstream.broker.registry import Registry
 from millstream.broker.tracebacks import user_traceback
@@ -62,14 +62,26 @@ def main() -> None:
 
 
 async def _fetch(settings: Settings, tags: list[str]) -> dict[str, Definition]:
-    client = open_control(settings, "ms:warm")
+    stored = await _read(settings, tags)
+    return {
+        tag: open_definition(codec_for(settings.secret_key, settings.namespace, tag), sealed)
+        for tag, sealed in stored.items()
+    }
+
+
+async def _read(settings: Settings, tags: list[str]) -> dict[str, bytes]:
+    """The sealed definitions that there are. An outage of the server is no fault of the application: it is waited out."""
+    client, delays, launcher = open_control(settings, "ms:warm"), backoff(), os.getppid()
+    registry = Registry(client, settings)
     try:
-        registry, definitions = Registry(client, settings), {}
-        for tag in tags:
-            stored = await registry.definition(tag)
-            if stored is not None:
-                definitions[tag] = open_definition(codec_for(settings.secret_key, settings.namespace, tag), stored)
-        return definitions
+        while True:
+            try:
+                stored = {tag: await registry.definition(tag) for tag in tags}
+                return {tag: sealed for tag, sealed in stored.items() if sealed is not None}
+            except DOWN:
+                if os.getppid() != launcher:
+                    raise  # who has asked is gone
+                await asyncio.sleep(next(delays))
     finally:
         await client.aclose()
 
