@@ -1,10 +1,12 @@
 """What a warm parent does before it forks."""
 
 import asyncio
+import os
 from collections.abc import Callable
 
 import pytest
 
+from millstream.broker.connection import DOWN
 from millstream.config import Settings
 from millstream.replicas import warm
 from tests.servers import Server
@@ -33,7 +35,7 @@ async def test_application_that_cannot_be_read_is_given_up_when_the_launcher_is_
     settings = Settings(server.url)
     server.kill()
     parents = iter([1234])
-    monkeypatch.setattr(warm.os, "getppid", lambda: next(parents, 1))
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
 
-    with pytest.raises(warm.DOWN):
+    with pytest.raises(DOWN):
         await asyncio.wait_for(warm._fetch(settings, ["app.NotThere"]), 20)
