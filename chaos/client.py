@@ -9,7 +9,6 @@ whose ref ids it finds, sends those again that have an idempotency key, and goes
 import argparse
 import asyncio
 import os
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -234,7 +233,7 @@ def main() -> None:
 
 def _end_with_owner() -> None:
     """It holds the other end of our stdin."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not through sys.stdin: its lock would be held at our own end
     os._exit(1)
 
 
