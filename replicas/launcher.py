@@ -204,7 +204,7 @@ class Launcher:
         now = time.monotonic()
         for process in list(self._replicas.values()):
             silent_s = now - process.well_at
-            if not process.is_ready or process.kill_at is not None or silent_s <= 2 * TICK_S:
+            if not process.is_ready or silent_s <= 2 * TICK_S:  # one that drains says that it is well, too
                 continue
             if silent_s > (await self._config(process.tag)).health_check_timeout_s:
                 log.warning("replica %s has not answered for %.0f s: killed", process.replica, silent_s)

@@ -54,6 +54,22 @@ async def test_replica_counts_once_while_it_is_being_listed(
 
 
 @pytest.mark.anyio
+async def test_replica_that_stops_while_it_drains_has_its_health_timeout_and_no_longer(settings: Settings) -> None:
+    """What it holds would wait for the whole of its grace."""
+    launcher, killed = Launcher(settings, "node"), list[str]()
+    now = time.monotonic()
+    process = SimpleNamespace(
+        replica="r-1", tag="app.Model", is_ready=True, kill_at=now + 1000.0, well_at=now - 31.0, kill=killed.append
+    )
+    launcher._replicas["r-1"] = process  # type: ignore[assignment]
+
+    await launcher._kill_the_hung()
+
+    assert killed == ["killed: no sign of life for 31 s"]
+    await launcher._client.aclose()
+
+
+@pytest.mark.anyio
 async def test_launcher_and_autoscaler_live_on_a_full_server(settings: Settings, redis: Control) -> None:
     launcher, autoscaler, registry = Launcher(settings, "node"), Autoscaler(settings), Registry(redis, settings)
     await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(num_replicas=0), b"")])
