@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from millstream.broker import outcomes, scripts
-from millstream.errors import BrokerUnavailableError
+from millstream.errors import BrokerUnavailableError, MillstreamError
 from millstream.handles.hub import Hub
 from millstream.handles.patience import RETRY_S
 from millstream.handles.route import FIELDS, Batch, Pending, Request, Route
@@ -83,6 +83,9 @@ class Recovery:
             self._kept[ref] = lost  # the reconnect asks again
             self._under_way.discard(ref)
             return
+        except MillstreamError as e:  # its user may not look, say
+            log.warning("whether the server has lost request %s~%s cannot be found out: %s", route.tag, ref.decode(), e)
+            is_lost = False
         waiting = self._hub.pending.get(ref)
         if waiting is None:
             self._under_way.discard(ref)
@@ -98,7 +101,12 @@ class Recovery:
                 self._hub.sender.send_again(route, lost[1])
 
     async def _was_lost(self, route: Route, pending: Pending) -> bool:
-        """Has the server begun anew since this request was made? One that has ended is known for `result_ttl_s` at least."""
+        """Has the server begun anew since this request was made? One that has ended is known for `result_ttl_s` at least.
+
+        Of a cluster, nobody could say which server that was: it is not asked.
+        """
+        if self._hub.settings.is_cluster:
+            return False
         commands, age_s = await self._hub.lines.link(), time.monotonic() - pending.since
         ttl_s = await commands.ask("HGET", route.keys.config, "result_ttl_s")
         if ttl_s is None or age_s > float(ttl_s):
