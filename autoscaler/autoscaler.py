@@ -4,7 +4,9 @@ It holds no state that matters: targets are in Redis, and a new leader starts fr
 """
 
 import logging
+import os
 import secrets
+import socket
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -16,7 +18,7 @@ from millstream.autoscaler.placement import place
 from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import control_scripts
-from millstream.broker.connection import ANY_TROUBLE, DOWN, Outage, backoff, explained, open_control, run
+from millstream.broker.connection import ANY_TROUBLE, DOWN, NO_RIGHT, Outage, backoff, explained, open_control, run
 from millstream.broker.records import DeploymentView, Planned
 from millstream.broker.registry import Registry
 from millstream.broker.sweeper import Sweeper
@@ -31,7 +33,7 @@ class Autoscaler:
     """`run()` until `stop()`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.name = secrets.token_hex(4)
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self._client: Any = open_control(settings, f"ms:autoscaler:{self.name}")
         self._run = partial(run, self._client)
         self._registry = Registry(self._client, settings)
@@ -64,6 +66,8 @@ class Autoscaler:
                 self._outage.ended()
                 await self._wait_for_something(views)
                 delays = backoff()
+            except NO_RIGHT:
+                raise
             except ANY_TROUBLE as e:
                 self._sweeper.connection_was_broken()
                 self._histories.clear()

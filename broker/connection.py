@@ -26,6 +26,7 @@ PING_TIMEOUT_S = 2 * CONNECT_TIMEOUT_S  # the client's own tries would add up to
 
 # What counts as "the server is down", as opposed to "the server said no".
 DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BrokerUnavailableError, *CANNOT_NOW)
+NO_RIGHT = (ConfigError, redis.exceptions.NoPermissionError)  # it will say no again: whoever needs it cannot work
 ANY_TROUBLE = (
     redis.exceptions.RedisError,
     BrokerUnavailableError,

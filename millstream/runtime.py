@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -249,12 +250,28 @@ def _missing() -> list[str]:
 
 
 async def _without_lease(registry: Registry) -> list[str]:
+    """Leases outlive their holders for seconds: of one on this host its process tells."""
     missing = []
-    if not await registry.nodes():
+    if not any(_may_live(node.host, node.pid) for node in (await registry.nodes()).values()):
         missing.append("launcher")
-    if not await registry.client.exists(registry.keys.leader):
+    leader = (await registry.client.get(registry.keys.leader) or b"").decode(errors="replace").partition(" ")[0]
+    host, _, rest = leader.rpartition("-")[0].rpartition("-")
+    if not leader or (rest.isdecimal() and not _may_live(host, int(rest))):
         missing.append("autoscaler")
     return missing
+
+
+def _may_live(host: str, pid: int) -> bool:
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's, or there is no /proc
+        return True
+    return state != "Z"  # dead, and nobody has waited for it: the first process of a container often does not
 
 
 def _own_tree() -> Tree:

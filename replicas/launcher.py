@@ -19,7 +19,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from millstream.broker import control_scripts
-from millstream.broker.connection import ANY_TROUBLE, Outage, backoff, open_control, run
+from millstream.broker.connection import ANY_TROUBLE, NO_RIGHT, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
 from millstream.broker.lease import Lease
 from millstream.broker.records import Planned, read_config
@@ -94,6 +94,8 @@ class Launcher:
             try:
                 await loop()
                 return
+            except NO_RIGHT:
+                raise
             except ANY_TROUBLE as e:
                 self._outage.began(e)
                 self._sweeper.connection_was_broken()

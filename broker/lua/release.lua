@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- release: running -> queued (next attempt, in `returned`) | dead; what one dead replica holds in one lane, 100 at a time.
--- When nothing is left its consumer is deleted. Twice is as once.
+-- release: running -> queued (next attempt, in `returned`) | dead | cancelled (its deployment is being deleted); what one
+-- dead replica holds in one lane, 100 at a time. When nothing is left its consumer is deleted. Twice is as once.
 -- KEYS  1 lane  2 returned  3 open  4 notes  5 result prefix  6 reply prefix  7 dead  8 config  9 lease  10 deadlines
 --       11 holds  12 payload prefix  13 status
 -- ARGV  1 lane name  2 replica  3 cause  4 "died" (seen by its parent) | "expired" (only while it has no lease)
@@ -11,8 +11,8 @@ local limits = redis.call('HMGET', KEYS[8], 'max_attempts', 'result_ttl_s')
 local open, notes, results, replies = KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local deadlines, holds, payloads = KEYS[10], KEYS[11], KEYS[12]
 local dead, status = KEYS[7], KEYS[13]
--- Of a deployment that is being deleted: nobody will run it again, and it may be that nobody should.
-local max_attempts, ttl_s = tonumber(limits[1] or '1'), limits[2] or '3600'
+local max_attempts, ttl_s = tonumber(limits[1] or '3'), limits[2] or '3600'
+local is_deleted = not limits[1] -- nobody will run it again, and with max_attempts=1 nobody should
 --include ending
 --include dead
 --include burying
@@ -37,9 +37,12 @@ for _, row in ipairs(pending) do
     local request = take(entry, found[2])
     cause.attempt = request.attempt
     local history = add_to_history(request, cause)
+    local place = lane_name .. ' ' .. entry
     local deaths = request.attempt - (tonumber(request.retries) or 0) -- what its code raised is counted apart
     -- What `open` does not name is no request: kept to be looked at.
-    if not is_open_at(request, lane_name .. ' ' .. entry) or deaths >= (tonumber(request.max_attempts) or max_attempts) then
+    if is_deleted and is_open_at(request, place) then
+      conclude(request.ref, request.reply or '', 'cancelled ' .. place, 'its deployment was deleted')
+    elseif not is_open_at(request, place) or deaths >= (tonumber(request.max_attempts) or max_attempts) then
       bury(request, lane_name, entry, history)
       buried = buried + 1
     else

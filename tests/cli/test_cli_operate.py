@@ -133,7 +133,18 @@ def test_doctor_finds_nothing_wrong(serving: Shell) -> None:
     assert said.code == 0
     assert all(line.startswith(("✔ ", "! ")) for line in said.out.splitlines())
     assert {f["check"]: f["verdict"] for f in findings if f["check"] != "latency"} == dict.fromkeys(
-        ["server", "eviction", "memory", "persistence", "clock", "secret", "launchers", "autoscaler", "deployments"],
+        [
+            "server",
+            "eviction",
+            "memory",
+            "persistence",
+            "clock",
+            "secret",
+            "launchers",
+            "autoscaler",
+            "deployments",
+            "keys",
+        ],
         "good",
     )
 

@@ -155,6 +155,6 @@ def test_command_that_the_server_forbids_is_one_line(there: Shell, valkey: Serve
     status, doctor = there.millstream("status", "--url", url), there.millstream("doctor", "--url", url)
 
     assert status.code == doctor.code == 1
-    assert status.complaint.startswith("the server refused a command: ")
+    assert status.complaint.startswith("the server's user may not do that: NOPERM ")
     assert doctor.err == "" and "✘" in doctor.out
     assert "pw" not in status.err + doctor.out

@@ -119,7 +119,8 @@ def test_server_that_stands_still_for_longer_than_the_lease_is_nobodys_death(
     wait_for(lambda: running_replicas() == 4)
     refs = [send(str(n), tmp_path / "go") for n in range(8)]
     wait_for(lambda: len(starts(ledger)) == 8)
-    (server,) = [pid for pid in find(me(), "valkey-server") if "guard" not in command_line(pid)]
+    port = engines.settings().url.rpartition(":")[2].partition("/")[0]
+    (server,) = [pid for pid in find(me(), "valkey-server") if f":{port}" in command_line(pid)]
 
     for _ in range(2):
         os.kill(server, signal.SIGSTOP)

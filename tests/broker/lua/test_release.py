@@ -261,9 +261,7 @@ async def test_entry_that_is_no_request_is_kept_as_a_dead_letter_and_stops_nobod
     assert [letter[b"written"] for _, letter in letters] == [b"by hand"]
 
 
-async def test_attempt_is_the_last_one_where_the_deployment_is_being_deleted(
-    redis: Control, keys: DeploymentKeys
-) -> None:
+async def test_request_is_cancelled_where_the_deployment_is_being_deleted(redis: Control, keys: DeploymentKeys) -> None:
     """Its config is gone, and with it what was allowed: a request that may run once only must not run again."""
     await deploy_config(redis, keys, max_attempts=1)
     (one,) = await seed_running(redis, keys)
@@ -271,6 +269,6 @@ async def test_attempt_is_the_last_one_where_the_deployment_is_being_deleted(
 
     released = await release(redis, keys)
 
-    assert (released.requeued, released.buried) == (0, 1)
-    assert await read_state(redis, keys, one.ref) == State.DEAD
+    assert (released.requeued, released.buried) == (0, 0)
+    assert await read_state(redis, keys, one.ref) == State.CANCELLED
     assert await run(redis, control_scripts.remove(keys)) == control_scripts.Removed.REMOVED

@@ -16,7 +16,6 @@ from millstream.broker.keys import LANES, DeploymentKeys
 from millstream.broker.scripts import Ended, Finished, Forestalled, Requeued, Submitted, Supplied
 from millstream.broker.states import State
 
-WITHOUT_CONFIG = 1  # attempts, where the deployment is being deleted
 HELD = (State.PARKED, State.DELAYED)
 
 
@@ -279,10 +278,13 @@ class Deployment:
             return "alive"
         requeued = buried = 0
         for one in [one for one in self.in_lane(lane) if one.replica == replica]:
+            if self.max_attempts is None:
+                self._conclude(one, f"cancelled {one.place}", b"its deployment was deleted")
+                continue
             deaths = one.attempt - one.retries
             one.history = [*one.history, {"replica": replica, "cause": cause, "attempt": one.attempt}]
             one.origin = one.origin or lane
-            if deaths >= (one.max_attempts or self.max_attempts or WITHOUT_CONFIG):
+            if deaths >= (one.max_attempts or self.max_attempts):
                 self._bury(one)
                 buried += 1
             else:
