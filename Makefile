@@ -10,10 +10,10 @@ UP_TO_DATE := $(VENV)/up-to-date
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench soak chaos clean
+.PHONY: help setup demo test test-fast check format bench soak chaos faults-peers clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(UP_TO_DATE) ## make .venv with everything in it (the others do it when needed)
 	@:
@@ -45,6 +45,9 @@ soak: setup ## a million requests of all kinds: memory and keys must stay flat; 
 
 chaos: setup ## 200,000 requests while everything is killed, stopped, cut off and restarted; about 9 minutes
 	$(BIN)/python -m chaos
+
+faults-peers: setup ## the same faults for celery, taskiq, arq and millstream: what is lost, doubled, taken over; about 3 minutes
+	$(BIN)/python -m benchmarks.faults.run --json docs/figures/faults.json
 
 clean: ## remove .venv and caches (never .millstream: that is data)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

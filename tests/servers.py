@@ -107,6 +107,10 @@ class Server:
         """End the process as a crash would. Its port and folder stay, for another `start`."""
         self._end(signal.SIGKILL)
 
+    def end(self) -> None:
+        """End the process in its own good order. Its port and folder stay, for another `start`."""
+        self._end(signal.SIGTERM)
+
     def stop(self) -> None:
         """End the process and remove its folder. Twice is as once."""
         self._end(signal.SIGTERM)

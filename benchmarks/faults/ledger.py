@@ -50,7 +50,9 @@ class Verdict:
     taken_over: int  # of these, started again
     takeover_median_s: float | None
     takeover_max_s: float | None
-    all_done_s: float | None  # from the fault to the last first completion of what was accepted before it; None: some lost
+    all_done_s: (
+        float | None
+    )  # from the fault to the last first completion of what was accepted before it; None: some lost
 
 
 def parse(text: str) -> list[Line]:

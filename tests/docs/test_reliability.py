@@ -5,7 +5,8 @@ import pytest
 from tests.docs import pages
 
 PAGE = pages.ROOT / "docs" / "reliability.md"
-TITLES = [title for title in pages.headings(PAGE)[1:] if title != "Chaos"]
+MEASURED = ("Chaos", "Beside others")  # have tables of figures instead
+TITLES = [title for title in pages.headings(PAGE)[1:] if title not in MEASURED]
 
 
 @pytest.mark.parametrize("title", TITLES)
