@@ -36,7 +36,7 @@ from millstream.replicas.reconcile import Running, reconcile
 from millstream.replicas.starts import START_FAILURES, Release, Starts
 
 TICK_S = 1.0  # a lost wake-up costs at most this
-STALL_S = 2.5  # more than the usual time between two answers of the server: much longer than it ever takes
+STALL_S = 2.5  # without an answer of the server: it answers within milliseconds, and is asked every 1.25 s
 MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
 log = logging.getLogger("millstream.launcher")
 T = TypeVar("T")
@@ -109,7 +109,7 @@ class Launcher:
 
     def _notice_a_stall(self) -> None:
         """A server that takes no writes of ours takes none of our replicas, and answers their sweeps with silence."""
-        if time.monotonic() - self._answered_at > self._lease.renew_every_s + STALL_S:
+        if time.monotonic() - self._answered_at > max(STALL_S, self._lease.renew_every_s + 1.0):
             self._blame_nobody()
 
     async def _reconcile_loop(self) -> None:

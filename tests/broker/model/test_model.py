@@ -41,7 +41,7 @@ from tests.servers import AnyServer
 
 EXAMPLES = os.environ.get("MILLSTREAM_MODEL_EXAMPLES")  # with it: so many, other ones each time, and longer ones
 COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-QUICK = settings(max_examples=60, stateful_step_count=30, derandomize=True, **COMMON)
+QUICK = settings(max_examples=40, stateful_step_count=30, derandomize=True, **COMMON)
 LONG = settings(max_examples=int(EXAMPLES or 1), stateful_step_count=50, **COMMON)
 
 Pair = tuple[str, str]  # tag, ref
