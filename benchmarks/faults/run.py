@@ -51,7 +51,7 @@ SYSTEMS = (
         (),
         (("-c", "from millstream.cli import main; main()", "run", f"{module('millstream')}:app"),),
     ),
-    System("celery", ("celery==5.7.0", "redis==8.1.0"), (celery_node("a"), celery_node("b"))),
+    System("celery", ("celery==5.7.0", "redis==8.1.0", "packaging==24.2"), (celery_node("a"), celery_node("b"))),
     System(
         "taskiq",
         ("taskiq==0.13.0", "taskiq-redis==1.2.4"),
