@@ -72,17 +72,8 @@ async def run(client: Control, call: Call[T]) -> T:
 
 
 @contextmanager
-def rights_explained() -> Iterator[None]:
-    """What the server's user may not do is a ConfigError, also where redis-py says so."""
-    try:
-        yield
-    except redis.exceptions.NoPermissionError as e:
-        raise explain(e) from e
-
-
-@contextmanager
 def explained() -> Iterator[None]:
-    """What the server refuses, as `explain` has it. Plain commands that block need it: a demotion ends them in an error."""
+    """What the server refuses, as `explain` has it: also what redis-py says of plain commands."""
     try:
         yield
     except redis.exceptions.ResponseError as e:

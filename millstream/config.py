@@ -101,8 +101,9 @@ def find_settings(
     strict: bool | None = None,
     state: str | os.PathLike[str] | None = None,
 ) -> Settings:
-    """Arguments first, then MILLSTREAM_URL, _NAMESPACE, _SECRET_KEY (and MILLSTREAM_LEASE_S), then the server advertised in the state folder.
+    """Arguments first, then MILLSTREAM_URL, _NAMESPACE and _SECRET_KEY, then the server advertised in the state folder.
 
+    The lease is what MILLSTREAM_LEASE_S says.
     Raises BrokerUnavailableError when no server is named anywhere, ConfigError when `strict` and no secret is set.
     """
     url = url or os.environ.get("MILLSTREAM_URL")

@@ -2,18 +2,18 @@
 
 import importlib
 import os
-import socket
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from millstream import embedded
-from millstream.broker.connection import open_control, rights_explained
+from millstream.broker.connection import explained, open_control
 from millstream.broker.registry import Registry, connect_registry
 from millstream.config import Settings, find_settings, redact, state_folder
 from millstream.errors import ConfigError
 from millstream.handles import engines
+from millstream.liveness import may_live
 from millstream.tree import Tree
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def with_registry(work: Callable[[Registry], Awaitable[T]]) -> T:
     async def go() -> T:
         client = open_control(settings, "ms:control")
         try:
-            with rights_explained():
+            with explained():
                 return await work(await connect_registry(client, settings))
         finally:
             await client.aclose()
@@ -252,26 +252,13 @@ def _missing() -> list[str]:
 async def _without_lease(registry: Registry) -> list[str]:
     """Leases outlive their holders for seconds: of one on this host its process tells."""
     missing = []
-    if not any(_may_live(node.host, node.pid) for node in (await registry.nodes()).values()):
+    if not any(may_live(node.host, node.pid) for node in (await registry.nodes()).values()):
         missing.append("launcher")
     leader = (await registry.client.get(registry.keys.leader) or b"").decode(errors="replace").partition(" ")[0]
     host, _, rest = leader.rpartition("-")[0].rpartition("-")
-    if not leader or (rest.isdecimal() and not _may_live(host, int(rest))):
+    if not leader or (rest.isdecimal() and not may_live(host, int(rest))):
         missing.append("autoscaler")
     return missing
-
-
-def _may_live(host: str, pid: int) -> bool:
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's, or there is no /proc
-        return True
-    return state != "Z"  # dead, and nobody has waited for it: the first process of a container often does not
 
 
 def _own_tree() -> Tree:

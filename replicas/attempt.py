@@ -7,23 +7,11 @@ from millstream.retry import Retry
 
 # Fields of an entry that only say something about it. With any other, it takes more than one step to start.
 SIMPLE = frozenset(
-    {
-        b"ref",
-        b"method",
-        b"reply",
-        b"body",
-        b"want",
-        b"kill",
-        b"attempt",
-        b"history",
-        b"lane",
-        b"max_attempts",
-        b"retry",
-        b"retries",
-    }
-)
-
-
+    (
+        b"ref", b"method", b"reply", b"body", b"want", b"kill",
+        b"attempt", b"history", b"lane", b"max_attempts", b"retry", b"retries",
+    )
+)  # fmt: skip
 NUMBERS = frozenset({b"deadline", b"attempt", b"retries", b"stream", b"payload", b"max_attempts"})
 MOST_REF_BYTES = 255  # as an envelope can name it
 MOST_DIGITS = 15
@@ -80,9 +68,8 @@ class Attempt(NamedTuple):
 
 def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
     """From the fields of a stream entry. Raises KeyError or ValueError if it is not a request."""
-    if (
-        len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body" and len(fields[1]) <= MOST_REF_BYTES
-    ):  # as submit writes it
+    is_usual = len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body"  # as submit writes it
+    if is_usual and len(fields[1]) <= MOST_REF_BYTES:
         return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     if len(named) > MOST_FIELDS:

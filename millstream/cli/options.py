@@ -62,12 +62,12 @@ class Server:
         settings = self.settings()
 
         async def go() -> T:
-            from millstream.broker.connection import open_control, rights_explained
+            from millstream.broker.connection import explained, open_control
             from millstream.broker.registry import connect_registry
 
             client = open_control(settings, "ms:cli")
             try:
-                with rights_explained():
+                with explained():
                     return await work(await connect_registry(client, settings, only_look=True))
             finally:
                 await client.aclose()

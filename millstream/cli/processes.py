@@ -13,6 +13,7 @@ import click
 from millstream.cli.options import Server, check_name, server_options, tell, verbose_option
 from millstream.config import Settings
 from millstream.errors import ConfigError
+from millstream.liveness import may_live
 
 if TYPE_CHECKING:
     from millstream.broker.registry import Registry
@@ -147,21 +148,11 @@ def _check_node(server: Server, node: str) -> None:
     """No other launcher on this host goes by that name."""
     import socket
 
-    record = server.ask(lambda registry: registry.nodes()).get(node)
-    if record and record.host == socket.gethostname() and record.pid != os.getpid() and _lives(record.pid):
+    here, record = socket.gethostname(), server.ask(lambda registry: registry.nodes()).get(node)
+    if record and record.host == here and record.pid != os.getpid() and may_live(here, record.pid):
         raise ConfigError(
             f"node {node!r} has a launcher already (pid {record.pid} on this host); end it, or choose another name"
         )
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _begin(what: str, settings: Settings, *, owned: bool) -> None:
