@@ -1,15 +1,24 @@
 """Whether another version of a deployment serves, or is to come."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
+from millstream.broker.records import ReplicaRecord
 from millstream.replicas.versions import OtherVersions
 
 pytestmark = pytest.mark.anyio
+GARBAGE = "garbage"
+
+
+def _record(version: str) -> str:
+    if version == GARBAGE:
+        return "{no JSON"
+    return json.dumps(asdict(ReplicaRecord("r", "node", 1, version, "RUNNING", 0)))
 
 
 @pytest.mark.parametrize(
@@ -23,9 +32,10 @@ pytestmark = pytest.mark.anyio
         (["v1", "v0"], {"version": "v1", "revision": "a"}, None, True),
         (["v1"], {}, None, False),
         ([], {"version": "v1", "revision": "a"}, None, False),
+        (["v1", GARBAGE], {"version": "v1", "revision": "a"}, None, False),
     ],
     ids=["only us", "both serve", "the next is to come", "the next cannot start", "it could not start before",
-         "the former serves", "deleted", "nobody is listed"],
+         "the former serves", "deleted", "nobody is listed", "garbage"],
 )  # fmt: skip
 async def test_others_are_those_that_serve_and_those_to_come(
     redis: Control,
@@ -36,7 +46,7 @@ async def test_others_are_those_that_serve_and_those_to_come(
     expected: bool,
 ) -> None:
     for number, version in enumerate(replicas):
-        await redis.hset(keys.replicas, f"r-{number}", json.dumps({"version": version}))
+        await redis.hset(keys.replicas, f"r-{number}", _record(version))
     if config:
         await redis.hset(keys.config, mapping=config)
     if failed is not None:
