@@ -3,12 +3,15 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from millstream.liveness import may_live
 
 SURE_AFTER_S = 10.0
 
@@ -103,10 +106,7 @@ def descendants(pid: int) -> list[int]:
 
 def lives(pid: int) -> bool:
     """Is it there, and no zombie?"""
-    try:
-        return (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]) != "Z"
-    except (OSError, IndexError):
-        return False
+    return may_live(socket.gethostname(), pid)
 
 
 def signal_all(pids: list[int], number: signal.Signals) -> list[int]:
