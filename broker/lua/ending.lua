@@ -5,7 +5,18 @@ local WAITED_FOR_S = 60 -- a result that others wait for lives at least so long:
 local MOST = 1000 -- per call: Lua hands over 8000 arguments at most
 local ended, outbox, waiters = {}, {}, {}
 ttl_s = math.max(1, math.ceil(tonumber(ttl_s))) -- raises here, before anything is written, if it is no number
+local ttl_text = string.format('%d', ttl_s) -- once: making a text of a number costs as much as a small command
 local has_more = redis.call('EXISTS', notes, deadlines, holds) > 0 -- of any request of this deployment
+
+local length_lines = {}
+local function length_line(text)
+  local line = length_lines[#text]
+  if not line then
+    line = '$' .. #text .. '\r\n'
+    length_lines[#text] = line
+  end
+  return line
+end
 
 local function tell(client, ref, stored)
   local box = outbox[client]
@@ -16,7 +27,7 @@ local function tell(client, ref, stored)
   if #stored > INLINE_BYTES then
     stored = string.sub(stored, 1, string.find(stored, '\n', 1, true))
   end
-  box[#box + 1] = '$' .. #ref .. '\r\n' .. ref .. '\r\n$' .. #stored .. '\r\n' .. stored .. '\r\n'
+  box[#box + 1] = length_line(ref) .. ref .. '\r\n' .. length_line(stored) .. stored .. '\r\n'
 end
 
 local notes_of, noted_fields = {}, {}
@@ -55,7 +66,7 @@ end
 local function conclude(ref, client, header, body, keeps_payload)
   local stored, keep_s = header .. '\n' .. body, ttl_s
   if has_more then keep_s = use_notes(ref, stored, keeps_payload) end
-  redis.call('SET', results .. ref, stored, 'EX', keep_s)
+  redis.call('SET', results .. ref, stored, 'EX', keep_s == ttl_s and ttl_text or keep_s)
   ended[#ended + 1] = ref
   if client ~= '' then tell(client, ref, stored) end
 end
