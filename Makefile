@@ -10,7 +10,7 @@ UP_TO_DATE := $(VENV)/up-to-date
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench soak chaos faults-peers clean
+.PHONY: help setup demo test test-fast check format bench soak chaos cuts faults-peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ soak: setup ## a million requests of all kinds: memory and keys must stay flat; 
 
 chaos: setup ## 200,000 requests while everything is killed, stopped, cut off and restarted; about 9 minutes
 	$(BIN)/python -m chaos
+
+cuts: setup ## every verb of the broker, its connection cut after each byte of its request and its reply; about 5 minutes
+	MILLSTREAM_CUT_POINTS=all $(BIN)/python -m pytest --numprocesses auto --servers valkey tests/broker/test_ambiguous_replies.py
 
 faults-peers: setup ## the same faults for celery, taskiq, arq and millstream: what is lost, doubled, taken over; about 3 minutes
 	$(BIN)/python -m benchmarks.faults.run --json docs/figures/faults.json

@@ -1,340 +1,49 @@
-"""Every verb with its connection cut, at points spread over the request and over the reply, and then sent again as its
-caller does: what is in the server is as if nothing had happened, and nothing was added twice."""
+"""Every verb with its connection cut, within the request and within the reply, and then sent again as its caller does:
+what is in the server is as if nothing had happened, and nothing was added twice.
+
+It is cut where a part of a message ends, just before, and in the middle of the end; with MILLSTREAM_CUT_POINTS=all, after
+every byte (`make cuts`).
+"""
 
 import asyncio
 import inspect
+import os
 import re
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import hiredis
 import pytest
+from hiredis import pack_command
 
 from millstream.broker import control_scripts, scripts
 from millstream.broker.call import Call
 from millstream.broker.connection import Control, open_control, run
-from millstream.broker.keys import GROUP, DeploymentKeys, Keys
-from millstream.broker.link import Link, dial
+from millstream.broker.keys import GROUP, DeploymentKeys
+from millstream.broker.link import Link
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
-from tests.helpers import (
-    BODY,
-    CALLER,
-    REPLICA,
-    age,
-    asking,
-    claim,
-    deploy_config,
-    emit,
-    new_ref,
-    read_everything,
-    request,
-    seed_delayed,
-    seed_parked,
-    seed_queued,
-    seed_running,
-)
+from tests.broker.verbs import SAME_ANSWER, VERBS, Seed
+from tests.helpers import REPLICA, claim, deploy_config, read_everything, seed_queued, wait_until
 from tests.leaks import NO_TTL, find_lost, take_snapshot
-from tests.proxy import Proxy
+from tests.proxy import Limits, Proxy
 from tests.servers import Server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.any_server]
 
-ALL = Keys("ms")
-UP = "up.Up~" + "u" * 22
-VALUE = b"succeeded normal 1-1\na value"
+EVERY_BYTE = os.environ.get("MILLSTREAM_CUT_POINTS") == "all"
+SOME = 6  # where a cut costs more
+AT_ONCE = 50  # connections
+SLOW = [(1, 0.0005)] if EVERY_BYTE else [(64, 0.005), (1, 0)]  # bytes at a time, seconds before each
 REF = r"\b0{10}\d{12}"
-POINTS = 6  # cuts in the request, and as many in the reply
-Seed = Callable[[Control, DeploymentKeys], Awaitable[Call[Any]]]
-VERBS: dict[str, Seed] = {}
-SAME_ANSWER: set[str] = set()
-
-
-def verb(seed: Seed) -> Seed:
-    """What the verb finds, and its call."""
-    VERBS[seed.__name__] = seed
-    return seed
-
-
-def same_answer(seed: Seed) -> Seed:
-    """Whoever asks again is told the same."""
-    SAME_ANSWER.add(seed.__name__)
-    return seed
-
-
-# from the caller
-
-
-@verb
-async def submit(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.submit(keys, CALLER, [part for lane in ("high", "low") for part in request(new_ref(), lane=lane)])
-
-
-@verb
-async def submit_with_large_arguments(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    ref = new_ref()
-    await redis.set(keys.payload(ref), b"large arguments", px=600_000)
-    return scripts.submit(keys, CALLER, request(ref, extras=asking(payload=True, timeout_ms=3_600_000), body=b""))
-
-
-@verb
-async def hold(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.hold(keys, CALLER, new_ref().encode(), "normal", b"m", BODY, depends_on=[UP, UP + "2"])
-
-
-@verb
-async def hold_for_later(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.hold(keys, CALLER, new_ref().encode(), "low", b"m", BODY, delay_ms=3_600_000)
-
-
-@verb
-@same_answer
-async def watch(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.watch(keys, "readers", "another", await seed_queued(redis, keys, 2))
-
-
-@verb
-@same_answer
-async def place(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.place(keys, await seed_parked(redis, keys))
-
-
-@verb
-async def cancel(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    (one,), parked = await seed_running(redis, keys), await seed_parked(redis, keys)
-    return scripts.cancel(keys, 60, "why not", [one.ref, parked, *await seed_queued(redis, keys)])
-
-
-@verb
-async def expire(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    (ref,) = await seed_queued(redis, keys, extras=asking(timeout_ms=3_600_000))
-    await age(redis, keys.deadlines, ref)
-    return scripts.cancel(keys, 60, "late", [ref], overdue=True)
-
-
-@verb
-async def forestall(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.forestall(keys, new_ref(), 60, "why not")
-
-
-@verb
-async def wake(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    ref = await seed_delayed(redis, keys)
-    await age(redis, keys.due, ref)
-    return scripts.wake(keys)
-
-
-@verb
-async def consume(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    (one,) = await seed_running(redis, keys, extras=asking(stream=10))
-    await emit(redis, keys, one, 0, b"a", b"b", b"c")
-    await redis.set(keys.value(one.ref, "1-0"), b"a large item", px=600_000)
-    return scripts.consume(keys, one.ref, 2, ["1-0"])
-
-
-# from the replica
-
-
-@verb
-async def finish(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    first, second = await seed_running(redis, keys, 2)
-    await run(redis, scripts.watch(keys, "waiters", "w", [first.ref]))
-    outcomes = (first.entry, first.ref, CALLER, "succeeded", b"v", second.entry, second.ref, CALLER, "failed", b"e")
-    return scripts.finish(keys, "normal", 60, outcomes)
-
-
-@verb
-async def finish_with_a_large_value(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    (one,) = await seed_running(redis, keys)
-    await redis.set(keys.value(one.ref, one.entry.decode()), b"large", px=600_000)
-    return scripts.finish(keys, "normal", 60, (one.entry, one.ref, CALLER, "succeeded", b"@5"))
-
-
-@verb
-async def retry(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    (one,) = await seed_running(redis, keys)
-    return scripts.retry(keys, "normal", (one.entry, one.ref, 3_600_000, '{"replica": "r-1", "cause": "raised"}'))
-
-
-@verb
-async def emit_items(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    (one,) = await seed_running(redis, keys, extras=asking(stream=10))
-    return scripts.emit(keys, one.ref, f"normal {one.entry.decode()}", CALLER.encode(), 60, 0, [b"a", b"b"])
-
-
-@verb
-async def hand_back(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.hand_back(keys, "normal", "normal", [one.entry for one in await seed_running(redis, keys, 2)])
-
-
-@verb
-async def supply(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.supply(keys, await seed_parked(redis, keys, UP), UP, VALUE, ["{ms:up.Up}:value:x"])
-
-
-@verb
-async def supply_one_of_two(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.supply(keys, await seed_parked(redis, keys, UP, UP + "2"), UP, VALUE)
-
-
-@verb
-async def supply_early(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.supply(keys, await seed_parked(redis, keys, UP, delay_ms=3_600_000), UP, VALUE)
-
-
-@verb
-async def reject(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.reject(keys, await seed_parked(redis, keys, UP), 60, b"an error")
-
-
-@verb
-@same_answer
-async def keep(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await redis.set(keys.value("v", "1-1"), b"large", px=60_000)
-    return scripts.keep([keys.value("v", "1-1")])
-
-
-@verb
-@same_answer
-async def renew(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return control_scripts.renew([keys.lease(REPLICA)], 60, "launcher")
-
-
-@verb
-async def enlist(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await run(redis, control_scripts.renew([keys.lease(REPLICA)], 60, "launcher"))
-    return control_scripts.enlist(keys.replicas, REPLICA, "{}", only_if_new=True)
-
-
-@verb
-async def groups(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await redis.delete(*keys.lanes)
-    return control_scripts.groups(keys)
-
-
-# from sweepers
-
-
-@verb
-async def sweep(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    delayed, parked = await seed_delayed(redis, keys), await seed_parked(redis, keys)
-    await age(redis, keys.due, delayed)
-    await age(redis, keys.parked, parked)
-    return control_scripts.sweep(keys)
-
-
-@verb
-async def release(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await seed_running(redis, keys, 2)
-    return scripts.release(keys, "normal", REPLICA, "killed", expired=False)
-
-
-@verb
-async def release_and_bury(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await seed_running(redis, keys, extras=asking(attempts=1))
-    return scripts.release(keys, "normal", REPLICA, "killed", expired=True)
-
-
-@verb
-async def bury(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    one, _ = await seed_running(redis, keys, 2)
-    return scripts.bury(keys, one.lane, one.entry, REPLICA, "cannot be read")
-
-
-@verb
-async def discard(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await seed_running(redis, keys)
-    await seed_queued(redis, keys, 2)
-    await seed_parked(redis, keys)
-    return scripts.discard(keys, "0", 60, "deleted", running=True)
-
-
-# from operators, the autoscaler and who deploys
-
-
-async def seed_dead(redis: Control, keys: DeploymentKeys) -> list[str]:
-    await seed_running(redis, keys, 2, extras=asking(attempts=1))
-    await run(redis, scripts.release(keys, "normal", REPLICA, "killed", expired=False))
-    rows: Any = await redis.xrange(keys.dead)
-    return [entry.decode() for entry, _ in rows]
-
-
-@verb
-async def requeue(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.requeue(keys, await seed_dead(redis, keys))
-
-
-@verb
-async def drop(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return scripts.drop(keys, (await seed_dead(redis, keys))[:1])
-
-
-@verb
-@same_answer
-async def lead(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return control_scripts.lead(ALL, "a-1", 60)
-
-
-@verb
-@same_answer
-async def decide(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await run(redis, control_scripts.decide(keys, 1, 1, "at the start", {}))
-    return control_scripts.decide(keys, 1, 3, "backlog grows", {"waiting": 5})
-
-
-@verb
-@same_answer
-async def deploy(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    limits = ("3", "60", "", "")
-    return control_scripts.deploy(keys, "rev", "code", "{}", b"definition", limits, configured=False)
-
-
-@verb
-@same_answer
-async def deploy_unknown_code(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return control_scripts.deploy(keys, "rev", "", "{}", b"definition", ("3", "60", "", ""), configured=True)
-
-
-@verb
-async def withdraw(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await run(redis, await deploy(redis, keys))
-    return control_scripts.withdraw(keys, "rev", "before", "{}", "it raised", "traceback", ("3", "60", "", ""))
-
-
-@verb
-@same_answer
-async def note(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await run(redis, await deploy(redis, keys))
-    return control_scripts.note(keys, "rev", {"state": "DEPLOY_FAILED"})
-
-
-@verb
-@same_answer
-async def close(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await run(redis, await deploy(redis, keys))
-    return control_scripts.close(keys, "rev")
-
-
-@verb
-async def remove(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await run(redis, await deploy(redis, keys))
-    await redis.delete(keys.config)
-    return control_scripts.remove(keys)
-
-
-@verb
-async def replace(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    return control_scripts.replace(ALL, "app", b"", '{"name": "app"}')
-
-
-@verb
-@same_answer
-async def backlog(redis: Control, keys: DeploymentKeys) -> Call[Any]:
-    await seed_running(redis, keys, 2)
-    return control_scripts.backlog(keys)
-
-
-# the test
+PRINT = """
+local names, seen = redis.call("KEYS", "*"), {}
+table.sort(names)
+for _, name in ipairs(names) do
+  seen[#seen + 1] = name .. redis.call("DUMP", name) .. redis.call("PEXPIRETIME", name)
+end
+return redis.sha1hex(table.concat(seen))
+"""
 
 
 def test_every_verb_is_tried() -> None:
@@ -348,18 +57,67 @@ class Bench:
     """A server behind a proxy, and one verb after the other."""
 
     def __init__(self, proxy: Proxy, redis: Control, blocking: Any, keys: DeploymentKeys) -> None:
-        self.proxy, self.redis, self.keys = proxy, redis, keys
-        self.settings, self._blocking = Settings(proxy.url), blocking
+        self.proxy, self.redis, self.keys, self._blocking = proxy, redis, keys, blocking
+        self._others: set[str] = set()
+
+    async def open(self) -> None:
+        """Nobody has come through the proxy yet."""
+        await asyncio.to_thread(self._blocking.ping)
+        self._others = {client["id"] for client in await self.redis.client_list()}
 
     async def prepare(self, seed: Seed) -> Call[Any]:
         await self.redis.flushall()
         await deploy_config(self.redis, self.keys)
         return await seed(self.redis, self.keys)
 
-    async def dial(self) -> Link:
-        return await dial(self.settings, "through")
+    async def connect(self) -> Link:
+        """A new connection, over which nothing was said yet."""
+        _, link = await asyncio.get_running_loop().create_connection(Link, "127.0.0.1", self.proxy.port)
+        return link
 
-    async def outcome(self) -> Any:
+    async def run(self, call: Call[Any], *, with_source: bool = True) -> str:
+        """Over a connection that lasts; what is answered."""
+        link = await self.connect()
+        answer = await link.ask(*(call.full_command() if with_source else call.command()))
+        link.close()
+        return normal(call.read(answer))
+
+    async def undisturbed(self, seed: Seed) -> tuple[str, str]:
+        """What a verb answers and leaves behind."""
+        return await self.run(await self.prepare(seed)), await self.outcome()
+
+    async def listen(self, call: Call[Any]) -> bytes:
+        """Carry a verb out; the bytes of the reply."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy.port)
+        writer.write(pack_command(call.full_command()))
+        parser, heard = hiredis.Reader(), b""
+        while parser.gets() is False:
+            heard += (more := await reader.read(1))
+            parser.feed(more)
+        writer.close()
+        return heard
+
+    async def lose(self, command: Sequence[Any], *fates: Limits) -> None:
+        """Send a command into connections that will be cut: into as many at the same time as there are fates."""
+        left = [*fates]
+        self.proxy.cut_each(lambda: left.pop() if left else Limits())
+        await asyncio.gather(*[self._send_and_lose(command) for _ in fates])
+        assert not left
+        await wait_until(self._is_alone, what="the server to have seen the end of each connection")
+
+    async def _send_and_lose(self, command: Sequence[Any]) -> None:
+        link = await self.connect()
+        with pytest.raises(BrokerUnavailableError):
+            await asyncio.wait_for(link.ask(*command), 60)
+
+    async def _is_alone(self) -> bool:
+        return {client["id"] for client in await self.redis.client_list()} <= self._others
+
+    async def fingerprint(self) -> Any:
+        """Of all that there is, bit by bit: pending lists, what was ever added, and the time when it ends."""
+        return await self.redis.eval(PRINT, 0)
+
+    async def outcome(self) -> str:
         """All that is there, whether it has a TTL, and how much was ever added. Fails if that contradicts itself."""
         snapshot = await asyncio.to_thread(take_snapshot, self._blocking)
         assert find_lost(snapshot) == []
@@ -370,6 +128,15 @@ class Bench:
         """Entries that a stream ever had: what was added and deleted counts, too."""
         streams = sorted([name.decode() async for name in self.redis.scan_iter(_type="stream")])
         return {name: (await self.redis.xinfo_stream(name))["entries-added"] for name in streams}
+
+
+@pytest.fixture
+async def bench(server: Server, redis: Control, keys: DeploymentKeys) -> AsyncIterator[Bench]:
+    with Proxy(server.url) as proxy, server.connect_blocking() as blocking:
+        bench = Bench(proxy, redis, blocking, keys)
+        await bench.open()
+        yield bench
+    await redis.flushall()
 
 
 def in_order(reading: Any) -> Any:
@@ -385,77 +152,86 @@ def normal(*readings: Any) -> str:
     return re.sub(r"(?<!\d)\d{13}(\.0)?(?!\d)", "time", re.sub(r"\b\d{13}-\d+", "entry", text))
 
 
-def spread(count: int) -> list[int]:
-    """Points within so many bytes: the first, the last, and some between them."""
-    return sorted({round(number * (count - 1) / (POINTS - 1)) for number in range(POINTS)})
+def points(message: bytes) -> list[int]:
+    """After how many of its bytes a message is cut."""
+    if EVERY_BYTE:
+        return [*range(len(message))]
+    ends = [found.start() for found in re.finditer(rb"\r\n", message)]
+    return sorted({0, 1, len(message) - 1, *(end + more for end in ends for more in (0, 1, 2))} - {len(message)})
+
+
+def some(points: list[int]) -> list[int]:
+    """The first, the last, and some between them."""
+    if EVERY_BYTE or len(points) <= SOME:
+        return points
+    return [points[round(number * (len(points) - 1) / (SOME - 1))] for number in range(SOME)]
 
 
 @pytest.mark.parametrize("name", VERBS)
-async def test_verb_whose_connection_is_cut_is_as_one_that_was_not(
-    server: Server, redis: Control, keys: DeploymentKeys, name: str
+async def test_verb_that_is_cut_off_before_its_end_changes_nothing(bench: Bench, name: str) -> None:
+    expected = await bench.undisturbed(VERBS[name])
+    call = await bench.prepare(VERBS[name])
+    before = await bench.fingerprint()
+
+    short, full = call.command(), call.full_command()
+    for command, cuts in (short, points(pack_command(short))), (full, some(points(pack_command(full)))):
+        for first in range(0, len(cuts), AT_ONCE):
+            part = cuts[first : first + AT_ONCE]
+            await bench.lose(command, *[Limits(sent=after) for after in part])
+            assert await bench.fingerprint() == before, f"{name}: {command[0]} cut after so many bytes: {part}"
+
+    assert (await bench.run(call), await bench.outcome()) == expected
+
+
+@pytest.mark.parametrize("name", VERBS)
+async def test_verb_whose_reply_is_cut_off_and_that_is_sent_again_is_as_one_that_was_not(
+    bench: Bench, name: str
 ) -> None:
-    with Proxy(server.url) as proxy, server.connect_blocking() as blocking:
-        bench, seed = Bench(proxy, redis, blocking, keys), VERBS[name]
-        call = await bench.prepare(seed)
-        link = await bench.dial()
-        sent, received = proxy.sent, proxy.received
-        answer = await link.run(call)
-        link.close()
-        expected = await bench.outcome()
-        sent, received = proxy.sent - sent, proxy.received - received
+    answer, expected = await bench.undisturbed(VERBS[name])
+    reply = await bench.listen(await bench.prepare(VERBS[name]))
 
-        for cut, count in [(proxy.cut_after_sent, sent), (proxy.cut_after_received, received)]:
-            for after in spread(count):
-                again = await lose_and_repeat(bench, seed, partial(cut, after))
-                where = f"{name}, {cut.__name__}({after}) of {count}"
-                assert await bench.outcome() == expected, where
-                assert normal(again) == normal(answer) or name not in SAME_ANSWER, where
+    for after in some(points(reply)):
+        call = await bench.prepare(VERBS[name])
+        await bench.lose(call.command(), Limits(received=after))
+        again = await bench.run(call)
+        where = f"{name}: cut after {after} bytes of {reply!r}"
+        assert await bench.outcome() == expected, where
+        assert again == answer or name not in SAME_ANSWER, where
 
-        call = await bench.prepare(seed)
-        async with open_control(bench.settings, "through") as client:  # which sends again of itself
-            await client.ping()
-            proxy.drop_reply()
-            await run(client, call)
-        assert proxy.cuts == len(spread(sent)) + len(spread(received)) + 1
-        assert await bench.outcome() == expected, f"{name}, with redis-py"
-        await redis.flushall()
+    call = await bench.prepare(VERBS[name])
+    async with open_control(Settings(bench.proxy.url), "through") as client:  # which sends again of itself
+        await client.ping()
+        bench.proxy.drop_reply()
+        await run(client, call)
+    assert bench.proxy.cuts == len(some(points(reply))) + 1
+    assert await bench.outcome() == expected, f"{name}, with redis-py"
 
 
-async def lose_and_repeat(bench: Bench, seed: Seed, cut: Callable[[], None]) -> Any:
-    """Send a verb into a connection that will be cut, and again over the next one; what the second time answers."""
-    call = await bench.prepare(seed)
-    link = await bench.dial()
-    cut()
-    with pytest.raises(BrokerUnavailableError):
-        await link.run(call)
-    link = await bench.dial()
-    answer = await link.run(call)
-    link.close()
-    return answer
+@pytest.mark.parametrize("name", VERBS)
+async def test_verb_that_comes_late_and_byte_by_byte_is_as_one_that_came_at_once(bench: Bench, name: str) -> None:
+    expected = await bench.undisturbed(VERBS[name])
+
+    for piece, delay_s in SLOW:
+        call = await bench.prepare(VERBS[name])
+        bench.proxy.piece, bench.proxy.delay_s = piece, delay_s
+        answer = await bench.run(call, with_source=EVERY_BYTE)
+        assert (answer, await bench.outcome()) == expected, f"{name}, {piece} bytes every {delay_s} s"
 
 
 async def test_what_a_claim_brought_into_a_cut_connection_is_in_the_pending_list_and_nothing_else_is(
-    server: Server, redis: Control, keys: DeploymentKeys
+    bench: Bench, redis: Control, keys: DeploymentKeys
 ) -> None:
-    with Proxy(server.url) as proxy:
-        await deploy_config(redis, keys)
-        refs = await seed_queued(redis, keys, 40)
-        link = await dial(Settings(proxy.url), "through")
-        before = proxy.received
-        _, claimed = await link.run(scripts.claim(keys, REPLICA, 1))
-        size, heard = proxy.received - before, [claimed]
+    await deploy_config(redis, keys)
+    call = scripts.claim(keys, REPLICA, 1)
+    refs = await seed_queued(redis, keys, 1000)
+    cuts = some(points(await bench.listen(call)))
 
-        for after in spread(size) * 2:
-            proxy.cut_after_received(after)
-            with pytest.raises(BrokerUnavailableError):
-                await link.run(scripts.claim(keys, REPLICA, 1))
-            link = await dial(
-                Settings(proxy.url), "through"
-            )  # and look for what has come, as a replica does (Intake.reconcile)
-            heard.append(await link.ask("XREADGROUP", "GROUP", GROUP, REPLICA, "STREAMS", keys.lane("normal"), "0"))
+    for number, after in enumerate(cuts, start=2):
+        await bench.lose(call.command(), Limits(received=after))
+        link = await bench.connect()  # and look for what has come, as a replica does (Intake.reconcile)
+        heard = await link.ask("XREADGROUP", "GROUP", GROUP, REPLICA, "STREAMS", keys.lane("normal"), "0")
+        held = [fields[fields.index(b"ref") + 1].decode() for _, entries in heard for _, fields in entries]
         link.close()
+        assert held == refs[:number], f"cut after {after} bytes"
 
-        held = [fields[fields.index(b"ref") + 1].decode() for _, entries in heard[-1] for _, fields in entries]
-        assert held == refs[: len(heard)]
-        assert [one.ref for one in await claim(redis, keys, 40, replica="r-2")] == refs[len(heard) :]
-        await redis.flushall()
+    assert [one.ref for one in await claim(redis, keys, 1000, replica="r-2")] == refs[len(cuts) + 1 :]
