@@ -15,7 +15,7 @@ import redis.exceptions
 from millstream.broker import control_scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.complaints import Complaints
-from millstream.broker.connection import Control, ping, run
+from millstream.broker.connection import Control, explained, ping, run
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
 from millstream.broker.link import REFUSED, foreign
 from millstream.broker.records import (
@@ -61,13 +61,18 @@ class Registry:
         """Leave or verify the signed mark that shows two processes whether they use the same secret. SignatureError."""
         codec = codec_for(self.settings.secret_key, self.settings.namespace, "secret.check")
         mark = codec.seal("check", b"secret-check", b"")
-        if only_look or not await self.client.set(self.keys.secret_check, mark, nx=True):
-            stored = await self.client.get(self.keys.secret_check)
-            if stored is not None and stored != mark:
-                raise SignatureError(
-                    f"namespace {self.settings.namespace!r} on this server is used with another secret; "
-                    "set MILLSTREAM_SECRET_KEY to the one it was set up with, or choose another namespace"
-                )
+        stored = await self.client.get(
+            self.keys.secret_check
+        )  # first: a full server refuses even a SET that sets nothing
+        if stored is None and not only_look:
+            with explained():
+                is_first = await self.client.set(self.keys.secret_check, mark, nx=True)
+            stored = mark if is_first else await self.client.get(self.keys.secret_check)
+        if stored is not None and stored != mark:
+            raise SignatureError(
+                f"namespace {self.settings.namespace!r} on this server is used with another secret; "
+                "set MILLSTREAM_SECRET_KEY to the one it was set up with, or choose another namespace"
+            )
 
     # applications
 
@@ -210,7 +215,7 @@ class Registry:
         if override is None:
             await self.client.hdel(keys.status, "override")
         else:
-            await self.client.hset(keys.status, "override", json.dumps(override))
+            await run(self.client, control_scripts.note(keys, "", {"override": json.dumps(override)}))
         await self.announce(f"override of {tag}")
 
     async def fail(self, tag: str, revision: str, message: str, traceback: str) -> None:

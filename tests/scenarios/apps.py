@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from millstream import serve
@@ -39,6 +40,17 @@ class Worker:
         while not Path(until).exists():
             time.sleep(0.005)
         return name, os.getpid()
+
+    async def grow(self, name: str, until: str, size_bytes: int) -> bytes:
+        """As `hold`, with a result of that size."""
+        await self.hold(name, until)
+        return b"x" * size_bytes
+
+    async def count(self, name: str, until: str, *sizes_bytes: int) -> AsyncIterator[bytes]:
+        """As `hold`, with items of these sizes."""
+        await self.hold(name, until)
+        for size_bytes in sizes_bytes:
+            yield b"x" * size_bytes
 
     async def note(self, name: str, *values: object) -> object:
         """Leave a line, and return what was given."""

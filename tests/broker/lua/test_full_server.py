@@ -1,6 +1,7 @@
 """A server without memory takes no new requests; whatever makes room, and whatever proves life, goes on."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from millstream.broker.registry import Registry
 from millstream.broker.scripts import Ended, Supplied
 from millstream.broker.states import State
 from millstream.config import DeploymentConfig, Settings
-from millstream.errors import BackPressureError
+from millstream.errors import BackPressureError, SignatureError
 from tests.helpers import (
     BODY,
     CALLER,
@@ -119,6 +120,28 @@ async def test_config_is_taken_back_and_causes_are_noted_and_what_left_is_remove
     assert await registry.current("app.Other") is None
     view = await registry.view("app", "Model")
     assert view is not None and view.last_death is not None and view.revision == first.revision
+
+
+async def test_secret_is_compared_and_an_operator_is_obeyed(redis: Control, settings: Settings, fill: Fill) -> None:
+    registry = Registry(redis, settings)
+    await registry.check_secret()
+    await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(), b"", "code")])
+    await fill()
+
+    await registry.check_secret()
+    with pytest.raises(SignatureError):
+        await Registry(redis, replace(settings, secret_key=b"another")).check_secret()
+    await registry.override("app.Model", {"num_replicas": 2})
+
+    view = await registry.view("app", "Model")
+    assert view is not None and view.override == {"num_replicas": 2}
+
+
+async def test_new_namespace_is_refused_and_told_why(redis: Control, settings: Settings, fill: Fill) -> None:
+    await fill()
+
+    with pytest.raises(BackPressureError, match="raise its maxmemory"):
+        await Registry(redis, settings).check_secret()
 
 
 async def test_queued_requests_are_claimed_and_finished(redis: Control, keys: DeploymentKeys, fill: Fill) -> None:
