@@ -91,10 +91,13 @@ def backlog(keys: DeploymentKeys) -> Call[Backlog]:
 
 def deploy(
     keys: DeploymentKeys, revision: str, code: str, config: str, definition: bytes, limits: Sequence[str],
-    *, configured: bool,
+    *, configured: bool, staying: tuple[str, str] = ("", ""),
 ) -> Call[str]:  # fmt: skip
-    """Answers the version: the former one where the replicas can stay, else `revision`. `limits` as `limits.lua` has them."""
-    arguments = (revision, code, "configured" if configured else "", config, definition, *limits)
+    """Answers the version: the former one where the replicas can stay, else `revision`. `limits` as `limits.lua` has them.
+
+    `config` is signed for a new version; `staying` is the version that may stay, and the config signed for that.
+    """
+    arguments = (revision, code, "configured" if configured else "", config, definition, *limits, *staying)
     return Call(script("deploy"), (keys.config, keys.status, keys.definition), arguments, bytes.decode)
 
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -30,9 +30,9 @@ from millstream.broker.records import (
     ReplicaRecord,
     read_config,
     read_json_object,
-    read_record,
 )
 from millstream.broker.removal import Removal
+from millstream.broker.signed import UNREADABLE, Signer
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import SignatureError
 
@@ -49,6 +49,7 @@ class Registry:
         self.client: Any = client  # redis-py's reply types change from release to release; we decode what we read
         self.settings = settings
         self.keys = Keys(settings.namespace)
+        self.signer = Signer(settings)
         self._removal = Removal(client, settings)
         self._absent_since: dict[str, float] = {}  # nodes without a lease, by our own clock
         self._complaints = Complaints(log)
@@ -87,7 +88,7 @@ class Registry:
             await self._store(deployment_tag(app, deployment.name), revision, deployment)
         while True:
             text = await self.client.hget(self.keys.apps, app) or b""
-            before = self._read(AppRecord, f"application {app!r}", text) if text else None
+            before = self._read(AppRecord, f"application {app!r}", text, app) if text else None
             leaving = await self._leaving(before, {d.name for d in new}) if before else {}
             record = AppRecord(app, revision, ingress, [d.name for d in new], now_ms, leaving)
             if await self._replace(text, record):
@@ -104,18 +105,29 @@ class Registry:
         return leaving
 
     async def _replace(self, read: bytes, record: AppRecord) -> bool:
-        call = control_scripts.replace(self.keys, record.name, read, json.dumps(asdict(record)))
+        call = control_scripts.replace(self.keys, record.name, read, self.signer.write(record, record.name))
         done = await run(self.client, call)
         return done == 1
 
     async def _store(self, tag: str, revision: str, new: NewDeployment) -> None:
         keys, config = self.keys_of(tag), new.config
         await run(self.client, control_scripts.groups(keys))
+        current = await self.current(tag)
+        present = "" if current is None else current.version  # what cannot be read does not stay
         call = control_scripts.deploy(
-            keys, revision, new.code, config.to_json(), new.definition, _limits(config),
-            configured=config.user_config is not None,
+            keys, revision, new.code, self._signed(config, tag, revision, revision), new.definition, _limits(config),
+            configured=config.user_config is not None, staying=(present, self._signed(config, tag, revision, present)),
         )  # fmt: skip
         await run(self.client, call)
+
+    def _signed(self, config: DeploymentConfig, tag: str, revision: str, version: str) -> str:
+        """A config as it is stored beside its revision and version, which the scripts read as well and cannot verify."""
+        return self.signer.sign("config", config.to_json(), tag, revision, version)
+
+    def _current(self, tag: str, version: bytes, revision: bytes, config: bytes) -> Current:
+        """What the fields of a config say. SignatureError, or ValueError, if they do not belong together."""
+        names = version.decode(), revision.decode()
+        return Current(*names, read_config(self.signer.verified("config", config, tag, names[1], names[0])))
 
     async def retire(self) -> None:
         """One pass over the deployments that have left their applications: those that nobody needs go. Waits for nothing."""
@@ -134,16 +146,15 @@ class Registry:
         """Are there replicas of an earlier version, which may call what has left?"""
         for tag in record.tags:
             keys = self.keys_of(tag)
-            version = await self.client.hget(keys.config, "version") or b""
-            for text in await self.client.hvals(keys.replicas):
-                replica = self._read(ReplicaRecord, f"a replica of {tag}", text)
-                if replica is not None and replica.version != version.decode(errors="replace"):
-                    return True
+            current = await self.current(tag)
+            replicas = self._replicas(tag, await self.client.hgetall(keys.replicas))
+            if any(current is None or replica.version != current.version for replica in replicas):
+                return True
         return False
 
     async def _forget(self, app: str, name: str, revision: str) -> None:
         while text := await self.client.hget(self.keys.apps, app):
-            record = self._read(AppRecord, f"application {app!r}", text)
+            record = self._read(AppRecord, f"application {app!r}", text, app)
             if record is None or record.leaving.get(name) != revision:
                 return
             del record.leaving[name]
@@ -168,8 +179,8 @@ class Registry:
         stored, found = await self.client.hgetall(self.keys.apps), dict[str, AppRecord]()
         for field, text in sorted(stored.items()):
             name = field.decode(errors="replace")
-            record = self._read(AppRecord, f"application {name!r}", text)
-            if record is not None and record.name == name:
+            record = self._read(AppRecord, f"application {name!r}", text, name)
+            if record is not None:
                 found[name] = record
                 self.unreadable.discard(name)
             else:
@@ -186,8 +197,8 @@ class Registry:
         if fields[2] is None:
             return None
         try:
-            current = Current((fields[0] or b"").decode(), (fields[1] or b"").decode(), read_config(fields[2]))
-        except ValueError as e:
+            current = self._current(tag, *(field or b"" for field in fields))
+        except UNREADABLE as e:
             self._complaints.about(f"the config of {tag}", e)
             return None
         self._complaints.well(f"the config of {tag}")
@@ -215,7 +226,8 @@ class Registry:
         if override is None:
             await self.client.hdel(keys.status, "override")
         else:
-            await run(self.client, control_scripts.note(keys, "", {"override": json.dumps(override)}))
+            signed = self.signer.sign("override", json.dumps(override), tag)
+            await run(self.client, control_scripts.note(keys, "", {"override": signed}))
         await self.announce(f"override of {tag}")
 
     async def fail(self, tag: str, revision: str, message: str, traceback: str) -> None:
@@ -230,9 +242,9 @@ class Registry:
 
         Whoever waits for the deploy learns of it. Replicas that have taken it over already are told to go back.
         """
-        config = back_to.config
+        config = self._signed(back_to.config, tag, back_to.revision, back_to.version)
         call = control_scripts.withdraw(
-            self.keys_of(tag), revision, back_to.revision, config.to_json(), message, traceback, _limits(config)
+            self.keys_of(tag), revision, back_to.revision, config, message, traceback, _limits(back_to.config)
         )
         answer = await run(self.client, call)
         if answer is control_scripts.Withdrawn.WITHDRAWN:
@@ -248,14 +260,19 @@ class Registry:
 
     async def nodes(self) -> dict[str, NodeRecord]:
         """Nodes whose launcher lives. Those that were gone for a minute of looking are forgotten."""
-        records = {}
-        for field, text in (await self.client.hgetall(self.keys.nodes)).items():
-            name = field.decode(errors="replace")
-            if (node := self._read(NodeRecord, f"node {name!r}", text)) is not None:
-                records[name] = node
+        records = await self.known_nodes()
         alive = {name: record for name, record in records.items() if await self._lives(name)}
         await self._forget_nodes(records.keys() - alive.keys())
         return alive
+
+    async def known_nodes(self) -> dict[str, NodeRecord]:
+        """All nodes on record, also those without a lease. Removes none."""
+        found = {}
+        for field, text in sorted((await self.client.hgetall(self.keys.nodes)).items()):
+            name = field.decode(errors="replace")
+            if (node := self._read(NodeRecord, f"node {name!r}", text, name)) is not None:
+                found[name] = node
+        return found
 
     async def _lives(self, node: str) -> bool:
         return bool(await self.client.exists(self.keys.node_lease(node)))
@@ -274,14 +291,15 @@ class Registry:
         plan = {}
         for field, text in (await self.client.hgetall(self.keys.node_plan(node))).items():
             tag = field.decode(errors="replace")
-            planned = self._read(Planned, f"the plan of node {node!r} for {tag!r}", text) or (before or {}).get(tag)
-            if planned is not None:
+            planned = self._read(Planned, f"the plan of node {node!r} for {tag!r}", text, node, tag)
+            if (planned := planned or (before or {}).get(tag)) is not None:
                 plan[tag] = planned
         return plan
 
     async def assign(self, node: str, tag: str, planned: Planned) -> None:
         """Tell a node how many replicas of a deployment to run, of which version and by which config."""
-        await run(self.client, control_scripts.enlist(self.keys.node_plan(node), tag, json.dumps(planned._asdict())))
+        text = self.signer.write(planned, node, tag)
+        await run(self.client, control_scripts.enlist(self.keys.node_plan(node), tag, text))
         await self.client.publish(self.keys.node_wake(node), "plan")
 
     async def unassign(self, node: str, tag: str) -> None:
@@ -296,7 +314,7 @@ class Registry:
         async with self.client.pipeline(transaction=False) as pipe:
             pipe.hgetall(keys.config)
             pipe.hgetall(keys.status)
-            pipe.hvals(keys.replicas)
+            pipe.hgetall(keys.replicas)
             config, status, replicas = await pipe.execute()
         if not config:
             return None
@@ -307,30 +325,29 @@ class Registry:
             raise foreign(f"the config or status of {keys.tag}: {e!r:.200}") from None
 
     def _view(
-        self, app: str, name: str, config: dict[bytes, bytes], stored: dict[bytes, bytes], replicas: list[bytes],
+        self, app: str, name: str, config: dict[bytes, bytes], stored: dict[bytes, bytes], replicas: dict[bytes, bytes],
         backlog: control_scripts.Backlog,
     ) -> DeploymentView:  # fmt: skip
         status = {field.decode(): value.decode() for field, value in stored.items()}
         override = status.get("override")
         tag = deployment_tag(app, name)
-        revision = config.get(b"revision", b"").decode()
+        version, revision, found = self._current(
+            tag, config[b"version"], config.get(b"revision", b""), config[b"config"]
+        )
         failed = status.get("state") == "DEPLOY_FAILED" and status.get("failed_revision") == revision
         last_death = status.get("last_death")
         return DeploymentView(
             app=app,
             name=name,
-            version=config[b"version"].decode(),
-            config=read_config(config[b"config"]),
+            version=version,
+            config=found,
             has_target="target" in status,
             target=int(status.get("target", 0)),
             reason=status.get("reason", ""),
             failure=status.get("message", "") if failed else "",
             traceback=status.get("traceback", "") if failed else "",
-            override=read_json_object(override) if override else None,
-            replicas=sorted(
-                filter(None, (self._read(ReplicaRecord, f"a replica of {tag}", text) for text in replicas)),
-                key=lambda r: r.replica,
-            ),
+            override=read_json_object(self.signer.verified("override", override.encode(), tag)) if override else None,
+            replicas=self._replicas(tag, replicas),
             backlog=backlog,
             revision=revision,
             refused=status.get("refused_revision", ""),
@@ -391,11 +408,20 @@ class Registry:
         """Dead letters that were too old or too many to be kept."""
         return int(await self.client.hget(self.keys_of(tag).status, "dead_dropped") or 0)
 
-    def _read(self, cls: type[R], what: str, text: bytes) -> R | None:
-        """A record; None if some other program wrote it, which is said once."""
+    def _replicas(self, tag: str, stored: dict[bytes, bytes]) -> list[ReplicaRecord]:
+        """Those on record, by name; without what cannot be read."""
+        found = []
+        for field, text in sorted(stored.items()):
+            name = field.decode(errors="replace")
+            if (record := self._read(ReplicaRecord, f"replica {name!r} of {tag}", text, tag, name)) is not None:
+                found.append(record)
+        return found
+
+    def _read(self, cls: type[R], what: str, text: bytes, *place: str) -> R | None:
+        """A signed record; None if some other program wrote it, or put it there, which is said once."""
         try:
-            record = read_record(cls, text)
-        except ValueError as e:
+            record = self.signer.read(cls, text, *place)
+        except UNREADABLE as e:
             self._complaints.about(what, e)
             return None
         self._complaints.well(what)

@@ -15,7 +15,8 @@ from millstream.broker.keys import LANES, DeploymentKeys, Keys
 from millstream.broker.lease import Lease
 from millstream.broker.link import REFUSED
 from millstream.broker.outcomes import ENDED_TTL_S, OVERDUE
-from millstream.broker.records import ReplicaRecord, read_record
+from millstream.broker.records import ReplicaRecord
+from millstream.broker.signed import UNREADABLE, Signer
 from millstream.broker.supplying import Run, Supplier
 from millstream.config import Settings
 
@@ -38,7 +39,7 @@ class Sweeper:
         self._run, self._ask = run, ask
         self.lease, self._clock = Lease.of(settings), clock
         self._keys = Keys(settings.namespace)
-        self._supplier = Supplier(settings, run)
+        self._supplier, self._signer = Supplier(settings, run), Signer(settings)
         self._unbroken_since: float | None = None
         self._looked_ms: float | None = None  # on the server's clock
         self._holds_cursors: dict[str, bytes] = {}
@@ -74,7 +75,8 @@ class Sweeper:
             await self._run(scripts.keep([key]))
         for replica in swept.without_lease if self._has_watched_for_a_lease() else ():
             log.warning("replica %s of %s has no lease any more: its requests go to others", replica, tag)
-            await bury(self._run, self._ask, self._supplier, keys, replica, "its lease expired", expired=True)
+            cause = "its lease expired"
+            await bury(self._run, self._ask, self._supplier, self._signer, keys, replica, cause, expired=True)
 
     async def _watch(self, waiter_id: str, ref_id: str) -> None:
         try:
@@ -99,8 +101,9 @@ class Sweeper:
 
 
 async def bury(
-    run: Run, ask: Ask, supplier: Supplier, keys: DeploymentKeys, replica: str, cause: str, *, expired: bool
-) -> int:
+    run: Run, ask: Ask, supplier: Supplier, signer: Signer, keys: DeploymentKeys, replica: str, cause: str, *,
+    expired: bool,
+) -> int:  # fmt: skip
     """Release everything a dead replica held and forget it; the number of requests that go on elsewhere.
 
     Its connections are killed first: one of its reads may still be blocked in the server and would take the very
@@ -109,7 +112,7 @@ async def bury(
     if expired and await ask("EXISTS", keys.lease(replica)):
         return 0  # it is back: its connections stay
     record = await ask("HGET", keys.replicas, replica)
-    for connection in _connections(record) if record else ():
+    for connection in _connections(signer, keys.tag, replica, record) if record else ():
         await ask("CLIENT", "KILL", "ID", connection, near=keys.prefix)
     requeued = 0
     for lane in LANES:
@@ -126,10 +129,10 @@ async def bury(
     return requeued
 
 
-def _connections(record: bytes) -> list[int]:
-    """Of a replica by its record; none if that was written by some other program."""
+def _connections(signer: Signer, tag: str, replica: str, record: bytes) -> list[int]:
+    """Of a replica by its record; none if that was written by some other program: it could name anybody's."""
     try:
-        return read_record(ReplicaRecord, record).connections
-    except ValueError as e:
+        return signer.read(ReplicaRecord, record, tag, replica).connections
+    except UNREADABLE as e:
         log.error("the record of a dead replica is not read: %s", e)
         return []

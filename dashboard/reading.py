@@ -1,12 +1,11 @@
 """One look at everything the dashboard shows. Reads only: not even the record of a node long gone is swept from here."""
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from millstream.broker.connection import Control, ping
-from millstream.broker.records import AppRecord, DeploymentView, NodeRecord, read_record
+from millstream.broker.records import AppRecord, DeploymentView, NodeRecord
 from millstream.broker.registry import Registry
 from millstream.config import Settings
 
@@ -33,7 +32,7 @@ async def look(client: Control, settings: Settings) -> Look:
     registry = Registry(client, settings)
     apps = await registry.apps()
     views = await registry.views()
-    nodes = await _nodes(registry)
+    nodes = list((await registry.known_nodes()).values())  # `nodes` would also remove the dead ones
     leader = await registry.client.get(registry.keys.leader)
     return Look(
         at_ms=await registry.now_ms(),
@@ -46,13 +45,3 @@ async def look(client: Control, settings: Settings) -> Look:
         alive=frozenset([n.node for n in nodes if await registry.client.exists(registry.keys.node_lease(n.node))]),
         leader=leader.decode() if leader else None,
     )
-
-
-async def _nodes(registry: Registry) -> list[NodeRecord]:
-    """All nodes on record. `Registry.nodes` would also remove the dead ones."""
-    rows = await registry.client.hgetall(registry.keys.nodes)
-    nodes = []
-    for _, text in sorted(rows.items()):
-        with suppress(ValueError):  # `Registry.nodes` says so
-            nodes.append(read_record(NodeRecord, text))
-    return nodes

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator
 from millstream.broker import outcomes, scripts
 from millstream.broker.codec import Verified
 from millstream.broker.link import Messages
+from millstream.broker.signed import Signer
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, MillstreamError
 from millstream.handles.cell import Cell
@@ -52,7 +53,7 @@ class Engine:
         self.deadlines = Deadlines(self.loop, self.pending, self.endings.expire)
         self._ref_prefix, self._ref_numbers = os.urandom(6).hex().encode(), itertools.count()
         self._routes: dict[str, Route] = {}
-        self._patrol = Patrol(self.pending, self.lines, self.route, self.look_at)
+        self._patrol = Patrol(self.pending, self.lines, Signer(settings), self.route, self.look_at)
         self._messages = Messages()
         self._handed_over: tuple[Engine | None, int] = (None, 0)  # to whom, up to which of them
         self._closer: AsyncGenerator[None, None] | None = None

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from millstream.broker.outcomes import deploy_failed
-from millstream.broker.records import ReplicaRecord, read_record
+from millstream.broker.records import ReplicaRecord
+from millstream.broker.signed import UNREADABLE, Signer
 from millstream.handles.lines import Lines
 from millstream.handles.route import Pending, Route
 
@@ -23,10 +24,12 @@ class Patrol:
         self,
         pending: dict[bytes, Pending],
         lines: Lines,
+        signer: Signer,
         route: Callable[[str], Route],
         look_at: Callable[[Route, list[bytes]], None],
     ) -> None:
         self._pending, self._lines, self._route, self._look_at = pending, lines, route, look_at
+        self._signer = signer
         self._to_look_at: deque[bytes] = deque()
 
     def step(self) -> None:
@@ -53,11 +56,17 @@ class Patrol:
 
         def answered(status: Any) -> None:
             if isinstance(status, list) and status[0] == b"DEPLOY_FAILED" and commands is not None:
-                commands.send(functools.partial(looked, status), "HVALS", route.keys.replicas)
+                commands.send(functools.partial(looked, status), "HGETALL", route.keys.replicas)
 
         def looked(status: list[bytes | None], replicas: Any) -> None:
-            if isinstance(replicas, list) and not any(map(_is_running, replicas)):
+            if isinstance(replicas, list) and not any(map(is_running, replicas[::2], replicas[1::2])):
                 self._fail_all(route, *(text.decode(errors="replace") if text else "" for text in status[1:]))
+
+        def is_running(name: bytes, record: bytes) -> bool:
+            try:
+                return self._signer.read(ReplicaRecord, record, route.tag, name.decode()).state == "RUNNING"
+            except UNREADABLE:  # some other program wrote it
+                return False
 
         if commands is not None:
             commands.send(answered, "HMGET", route.keys.status, "state", "message", "traceback")
@@ -67,10 +76,3 @@ class Patrol:
         for pending in [p for p in self._pending.values() if p.codec.tag == route.tag]:
             self._pending.pop(pending.ref, None)
             pending.fail(error)
-
-
-def _is_running(record: bytes) -> bool:
-    try:
-        return read_record(ReplicaRecord, record).state == "RUNNING"
-    except ValueError:  # some other program wrote it
-        return False

@@ -22,7 +22,7 @@ from millstream.broker import control_scripts
 from millstream.broker.connection import ANY_TROUBLE, NO_RIGHT, Outage, backoff, open_control, run
 from millstream.broker.keys import check_name
 from millstream.broker.lease import Lease
-from millstream.broker.records import Planned, read_config
+from millstream.broker.records import Planned
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
@@ -194,11 +194,8 @@ class Launcher:
             await process.drain(config.graceful_shutdown_timeout_s)
 
     async def _config(self, tag: str) -> DeploymentConfig:
-        text = await self._client.hget(self._registry.keys_of(tag).config, "config")
-        try:
-            return read_config(text) if text else DeploymentConfig()
-        except ValueError:  # `current` has said so
-            return DeploymentConfig()
+        current = await self._registry.current(tag)
+        return DeploymentConfig() if current is None else current.config
 
     async def _kill_the_hung(self) -> None:
         self._kill_the_late()
@@ -338,7 +335,9 @@ class Launcher:
         is_in_order = process.is_draining or how == "exited"  # it drains by itself when it first hears of a removal
         keys = self._registry.keys_of(process.tag)
         requeued = await self._for_sure(
-            lambda: bury(self._run, self._ask, self._supplier, keys, process.replica, how, expired=False)
+            lambda: bury(
+                self._run, self._ask, self._supplier, self._registry.signer, keys, process.replica, how, expired=False
+            )
         )
         if not is_in_order:
             cause = process.failure[0] if process.failure else how

@@ -6,14 +6,12 @@ keeps their leases, buries them. It scales nothing, and kills nothing for being 
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -195,7 +193,8 @@ class LocalNode:
             ReplicaRecord(name, NODE, self.pid, version, "STARTING", now_ms, revision=version) for name in names
         ]
         await self._run(control_scripts.renew([keys.lease(name) for name in names], LEASE_S, NODE))
-        await self._client.hset(keys.replicas, mapping={one.replica: json.dumps(asdict(one)) for one in starting})
+        records = {one.replica: self._registry.signer.write(one, tag, one.replica) for one in starting}
+        await self._client.hset(keys.replicas, mapping=records)
         for name in names:
             birth = Birth(tag, name, NODE, version, config, revision=version, is_thread=True)
             self._replicas[name] = ReplicaThread(self.settings, birth, recipe, self._changed)
@@ -234,7 +233,9 @@ class LocalNode:
         for one in [one for one in self._replicas.values() if one.end]:
             keys = self._registry.keys_of(one.birth.tag)
             try:
-                await bury(self._run, self._ask, self._supplier, keys, one.name, one.end, expired=False)
+                await bury(
+                    self._run, self._ask, self._supplier, self._registry.signer, keys, one.name, one.end, expired=False
+                )
                 await self._record_failure(one)
             except DOWN:
                 if not self._is_closing:  # else the server has gone before us

@@ -1,11 +1,9 @@
 """A launcher's place in the cluster: the record of its node, and the leases of the node and its replicas."""
 
 import asyncio
-import json
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict
 from functools import partial
 
 from millstream.broker import control_scripts
@@ -25,7 +23,7 @@ class Membership:
 
     async def join(self) -> None:
         record = NodeRecord(self._node, socket.gethostname(), os.getpid(), await self._registry.now_ms())
-        self._record = json.dumps(asdict(record))
+        self._record = self._registry.signer.write(record, self._node)
         await self.renew(())
         await self._registry.announce(f"node {self._node} is up")
 
@@ -71,7 +69,8 @@ class Membership:
         now_ms = await self._registry.now_ms()
         record = ReplicaRecord(process.replica, self._node, process.pid, process.version, "STARTING", now_ms)
         listed = self._registry.keys_of(process.tag).replicas
-        await self._run(control_scripts.enlist(listed, process.replica, json.dumps(asdict(record)), only_if_new=True))
+        text = self._registry.signer.write(record, process.tag, process.replica)
+        await self._run(control_scripts.enlist(listed, process.replica, text, only_if_new=True))
 
     async def strike(self, process: ReplicaProcess) -> None:
         """A replica is no more."""

@@ -7,13 +7,12 @@ instead, and its node does what a launcher does (`thread.py`, `local.py`).
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import random
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from millstream.broker.keys import Keys
 from millstream.broker.lease import Lease
 from millstream.broker.link import REFUSED, Link
 from millstream.broker.records import Current, ReplicaRecord
+from millstream.broker.signed import Signer
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
 from millstream.broker.tracebacks import user_traceback
@@ -70,7 +70,7 @@ class Replica:
 
     def __init__(self, settings: Settings, birth: Birth, definition: Definition, control: Overseer) -> None:
         self._settings, self._birth, self._definition, self._control = settings, birth, definition, control
-        self._lease = Lease.of(settings)
+        self._lease, self._signer = Lease.of(settings), Signer(settings)
         self._keys = Keys(settings.namespace).deployment(birth.tag)
         self._record = ReplicaRecord(
             birth.replica, birth.node, os.getpid(), birth.version, "STARTING", int(time.time() * 1000),
@@ -151,7 +151,7 @@ class Replica:
             threads=config.sync_threads,
             where=f"replica {self._birth.replica}, pid {os.getpid()}",
             retries=Retries(self._keys, self._birth.replica, config.retry, self._run, self._start_chore),
-            other_versions=OtherVersions(self._keys, self._birth.version, self._ask),
+            other_versions=OtherVersions(self._keys, self._signer, self._birth.version, self._ask),
         )
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
@@ -282,9 +282,8 @@ class Replica:
         known = self._record.connections if connections is None else connections
         self._record = replace(self._record, state=state, connections=known)
         await self._renew_lease()
-        await self._run(
-            control_scripts.enlist(self._keys.replicas, self._birth.replica, json.dumps(asdict(self._record)))
-        )
+        text = self._signer.write(self._record, self._birth.tag, self._birth.replica)
+        await self._run(control_scripts.enlist(self._keys.replicas, self._birth.replica, text))
 
     async def _renew_lease(self) -> None:
         lease, ttl_s = self._keys.lease(self._birth.replica), self._lease.ttl_s
@@ -353,6 +352,7 @@ class Replica:
                     self._run,
                     self._ask_about_others,
                     supplier,
+                    self._signer,
                     self._keys,
                     self._birth.replica,
                     "drained",

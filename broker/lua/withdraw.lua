@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- withdraw: take back a config that a running replica could not take over, and put back the one that it works by.
 -- KEYS  1 config  2 status
--- ARGV  1 revision  2 the one to go back to  3 its config as JSON  4 message  5 traceback  6-9 as of deploy
+-- ARGV  1 revision  2 the one to go back to  3 its config, signed for that one  4 message  5 traceback  6-9 as of deploy
 -- reply "withdrawn" | "superseded" (another one is in force) | "spent" (that one was withdrawn as well: no way back)
 --include limits
 if redis.call('HGET', KEYS[1], 'revision') ~= ARGV[1] then return 'superseded' end

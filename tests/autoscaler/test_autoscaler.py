@@ -1,9 +1,8 @@
 """The autoscaler on a real server: what it decides is on record, one decides at a time, and plans follow targets and nodes."""
 
-import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -47,7 +46,8 @@ async def deploy(registry: Registry, config: DeploymentConfig, app: str = "app")
 
 
 async def add_node(registry: Registry, name: str) -> None:
-    await registry.client.hset(registry.keys.nodes, name, json.dumps(asdict(NodeRecord(name, "host", 1, 0))))
+    text = registry.signer.write(NodeRecord(name, "host", 1, 0), name)
+    await registry.client.hset(registry.keys.nodes, name, text)
     await registry.client.set(registry.keys.node_lease(name), name, px=60_000)
 
 

@@ -1,7 +1,6 @@
 """The control plane's records: what is deployed, what may be deleted when, who lives, and one view of it all."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -48,7 +47,7 @@ async def add_replica(
     registry: Registry, keys: DeploymentKeys, name: str, *, version: str = "", state: str = "RUNNING"
 ) -> None:
     record = ReplicaRecord(name, "n-1", 1, version, state, 0, revision=version)
-    await registry.client.hset(keys.replicas, name, json.dumps(asdict(record)))
+    await registry.client.hset(keys.replicas, name, registry.signer.write(record, keys.tag, name))
     await run(registry.client, control_scripts.renew([keys.lease(name)], 60, "launcher"))
 
 
@@ -345,7 +344,7 @@ async def test_every_change_wakes_the_autoscaler(redis: Control, registry: Regis
 
 async def register_node(registry: Registry, name: str, started_ms: int, *, is_alive: bool) -> None:
     record = NodeRecord(name, "host", 1, started_ms)
-    await registry.client.hset(ALL.nodes, name, json.dumps(asdict(record)))
+    await registry.client.hset(ALL.nodes, name, registry.signer.write(record, name))
     await registry.assign(name, "app.Model", Planned(2, "v1"))
     if is_alive:
         await run(registry.client, control_scripts.renew([ALL.node_lease(name)], 60, name))
@@ -465,7 +464,7 @@ async def test_the_dead_are_not_waited_for(redis: Control, keys: DeploymentKeys,
     await redis.delete(keys.lease("r-dead"))
     second = await registry.deploy("app", "Model", [coded("a")])
     alive = ReplicaRecord("r-alive", "n-1", 1, first.version, "RUNNING", 0, revision=second.version)
-    await redis.hset(keys.replicas, "r-alive", json.dumps(asdict(alive)))
+    await redis.hset(keys.replicas, "r-alive", registry.signer.write(alive, keys.tag, "r-alive"))
     await run(redis, control_scripts.renew([keys.lease("r-alive")], 60, "launcher"))
 
     seen = await view(registry)
@@ -538,7 +537,7 @@ async def test_status_is_ray_serves_word_for_it(
         await add_replica(registry, keys, f"r-{number}", version=version, state=state)
         if age == "of another config":
             changed = replace((await view(registry)).replicas[number], revision="before")
-            await redis.hset(keys.replicas, changed.replica, json.dumps(asdict(changed)))
+            await redis.hset(keys.replicas, changed.replica, registry.signer.write(changed, keys.tag, changed.replica))
 
     assert (await view(registry)).status == status
 

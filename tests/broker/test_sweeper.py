@@ -1,7 +1,6 @@
 """The sweeper: takes over by lease only after a full lease of watching, and buries what is dead with all it held."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from millstream.broker.control_scripts import Swept, renew
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
 from millstream.broker.records import ReplicaRecord
+from millstream.broker.signed import Signer
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper, bury
@@ -63,9 +63,9 @@ async def watch(sweeper: Sweeper, clock: Clock, keys: DeploymentKeys, duration_s
         await sweeper.step(keys.tag)
 
 
-async def register(redis: Control, keys: DeploymentKeys, *connections: int) -> None:
+async def register(redis: Control, settings: Settings, keys: DeploymentKeys, *connections: int) -> None:
     record = ReplicaRecord(REPLICA, "n-1", 1, "v", "RUNNING", 0, list(connections))
-    await redis.hset(keys.replicas, REPLICA, json.dumps(asdict(record)))
+    await redis.hset(keys.replicas, REPLICA, Signer(settings).write(record, keys.tag, REPLICA))
 
 
 @pytest.mark.fake
@@ -144,11 +144,11 @@ async def test_large_value_that_is_gone_stops_no_sweep(redis: Control, keys: Dep
 
 @pytest.mark.fake
 async def test_nothing_is_taken_over_before_a_full_lease_of_watching(
-    redis: Control, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
+    redis: Control, settings: Settings, keys: DeploymentKeys, sweeper: Sweeper, clock: Clock
 ) -> None:
     await deploy_config(redis, keys)
     (one,) = await seed_running(redis, keys)
-    await register(redis, keys)
+    await register(redis, settings, keys)
 
     await watch(sweeper, clock, keys, LEASE_S - 0.1)
     before = await read_state(redis, keys, one.ref)
@@ -234,13 +234,20 @@ async def test_burial_releases_every_lane_and_forgets_the_replica(
     await deploy_config(redis, keys)
     counts = {"high": 1, "normal": 101, "low": 2}
     refs = [one.ref for lane, count in counts.items() for one in await seed_running(redis, keys, count, lane=lane)]
-    await register(redis, keys)
+    await register(redis, settings, keys)
     await run(redis, renew([keys.lease(REPLICA)], LEASE_S, "launcher"))
     supplier = Supplier(settings, lambda call: run(redis, call))
 
     requeued = [
         await bury(
-            lambda call: run(redis, call), redis.execute_command, supplier, keys, REPLICA, "killed", expired=False
+            lambda call: run(redis, call),
+            redis.execute_command,
+            supplier,
+            Signer(settings),
+            keys,
+            REPLICA,
+            "killed",
+            expired=False,
         )
         for _ in range(2)
     ]
@@ -256,10 +263,13 @@ async def test_burial_cuts_the_connections_of_the_dead_first(
     await deploy_config(redis, keys)
     ghost = await dial(settings, "ghost")
     read = ghost.ask("XREADGROUP", "GROUP", "replicas", REPLICA, "BLOCK", 0, "STREAMS", keys.lane("normal"), ">")
-    await register(redis, keys, ghost.client_id, 999_999_999)
+    await register(redis, settings, keys, ghost.client_id, 999_999_999)
     supplier = Supplier(settings, lambda call: run(redis, call))
 
-    await bury(lambda call: run(redis, call), redis.execute_command, supplier, keys, REPLICA, "frozen", expired=False)
+    await bury(
+        lambda call: run(redis, call), redis.execute_command, supplier, Signer(settings), keys, REPLICA, "frozen",
+        expired=False,
+    )  # fmt: skip
 
     await ghost.lost
     assert read.exception() is not None

@@ -1,8 +1,6 @@
 """An installation as the dashboard would find it, written straight into the registry's records. No process runs."""
 
-import json
 import time
-from dataclasses import asdict
 
 from millstream.broker import control_scripts
 from millstream.broker.connection import Control, run
@@ -25,7 +23,7 @@ async def seed_control_plane(client: Control, settings: Settings) -> int:
     registry = Registry(client, settings)
     keys = registry.keys
     record = NodeRecord(NODE, "mill.example", 4711, int(time.time() * 1000) - 3_600_000)
-    await registry.client.hset(keys.nodes, NODE, json.dumps(asdict(record)))
+    await registry.client.hset(keys.nodes, NODE, registry.signer.write(record, NODE))
     await run(client, control_scripts.renew([keys.node_lease(NODE)], LEASE_S, NODE))
     return await run(client, control_scripts.lead(keys, "a1b2c3d4", LEASE_S))
 
@@ -76,7 +74,7 @@ async def seed_replica(client: Control, settings: Settings, tag: str, replica: s
     record = ReplicaRecord(replica, NODE, 5000, version, state, int(time.time() * 1000) - 90_000, revision=version)
     keys = registry.keys_of(tag)
     await run(client, control_scripts.renew([keys.lease(replica)], LEASE_S, NODE))
-    await registry.client.hset(keys.replicas, replica, json.dumps(asdict(record)))
+    await registry.client.hset(keys.replicas, replica, registry.signer.write(record, tag, replica))
 
 
 async def decide(

@@ -15,6 +15,7 @@ import pytest
 
 import millstream
 from millstream import runtime, serve
+from millstream.broker.records import NodeRecord
 from millstream.broker.registry import Registry
 from millstream.config import DeploymentConfig, Settings
 from millstream.errors import ConfigError, DeployFailedError
@@ -99,9 +100,8 @@ def test_server_that_was_chosen_is_used(local: Mode, settings: Settings) -> None
 
 
 async def register_a_launcher(registry: Registry) -> None:
-    await registry.client.hset(
-        registry.keys.nodes, "elsewhere", '{"node": "elsewhere", "host": "h", "pid": 1, "started_ms": 1}'
-    )
+    record = NodeRecord("elsewhere", "h", 1, 1)
+    await registry.client.hset(registry.keys.nodes, "elsewhere", registry.signer.write(record, "elsewhere"))
     await registry.client.set(registry.keys.node_lease("elsewhere"), "1", px=60_000)
 
 

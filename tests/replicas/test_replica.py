@@ -14,6 +14,7 @@ from millstream.broker.connection import Control, run
 from millstream.broker.control_scripts import backlog
 from millstream.broker.keys import GROUP
 from millstream.broker.registry import Registry
+from millstream.broker.signed import Signer
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import bury
 from millstream.errors import BrokerUnavailableError, TaskError
@@ -47,7 +48,7 @@ class Model:
 
 async def record_of(stage: Stage, redis: Control, replica: Hosted) -> Any:
     text: Any = await redis.hget(stage.keys.replicas, replica.name)
-    return None if text is None else json.loads(text)
+    return None if text is None else json.loads(text.partition(b" ")[2])
 
 
 async def consumers(stage: Stage, redis: Control) -> set[str]:
@@ -373,7 +374,8 @@ async def _bury(stage: Stage, redis: Control, replica: Hosted) -> None:
         return await run(redis, call)
 
     supplier = Supplier(stage.settings, run_script)
-    await bury(run_script, ask, supplier, stage.keys, replica.name, "died", expired=False)
+    signer = Signer(stage.settings)
+    await bury(run_script, ask, supplier, signer, stage.keys, replica.name, "died", expired=False)
 
 
 @pytest.mark.parametrize("method", ["held", "stubborn"])

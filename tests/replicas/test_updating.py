@@ -78,7 +78,7 @@ def has_told(replica: Hosted, revision: str) -> bool:
 
 async def record_of(stage: Stage, redis: Control, replica: Hosted) -> Any:
     text: Any = await redis.hget(stage.keys.replicas, replica.name)
-    return json.loads(text)
+    return json.loads(text.partition(b" ")[2])
 
 
 async def test_new_user_config_goes_to_reconfigure_and_the_record_says_so(stage: Stage, redis: Control) -> None:

@@ -1,7 +1,5 @@
 """Whether another version of a deployment serves, or is to come."""
 
-import json
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -9,16 +7,12 @@ import pytest
 from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.records import ReplicaRecord
+from millstream.broker.signed import Signer
+from millstream.config import Settings
 from millstream.replicas.versions import OtherVersions
 
 pytestmark = pytest.mark.anyio
 GARBAGE = "garbage"
-
-
-def _record(version: str) -> str:
-    if version == GARBAGE:
-        return "{no JSON"
-    return json.dumps(asdict(ReplicaRecord("r", "node", 1, version, "RUNNING", 0)))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +33,7 @@ def _record(version: str) -> str:
 )  # fmt: skip
 async def test_others_are_those_that_serve_and_those_to_come(
     redis: Control,
+    settings: Settings,
     keys: DeploymentKeys,
     replicas: list[str],
     config: dict[Any, Any],
@@ -46,11 +41,13 @@ async def test_others_are_those_that_serve_and_those_to_come(
     expected: bool,
 ) -> None:
     for number, version in enumerate(replicas):
-        await redis.hset(keys.replicas, f"r-{number}", _record(version))
+        record, name = ReplicaRecord(f"r-{number}", "n-1", 1, version, "RUNNING", 0), f"r-{number}"
+        signed = Signer(settings).write(record, keys.tag, name)
+        await redis.hset(keys.replicas, name, signed if version != GARBAGE else GARBAGE)
     if config:
         await redis.hset(keys.config, mapping=config)
     if failed is not None:
         await redis.hset(keys.status, "failed_revision", failed)
 
-    assert await OtherVersions(keys, "v1", redis.execute_command).are_there() is expected
+    assert await OtherVersions(keys, Signer(settings), "v1", redis.execute_command).are_there() is expected
     await redis.flushall()

@@ -78,15 +78,11 @@ async def registry(redis: Control, settings: Settings) -> AsyncIterator[Registry
     registry = Registry(redis, settings)
     await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(num_replicas=2), b"")])
     now_ms = await registry.now_ms()
-    await run(
-        redis,
-        control_scripts.enlist(
-            ALL.nodes, "here", json.dumps({"node": "here", "host": "h", "pid": 1, "started_ms": now_ms})
-        ),
-    )
+    node = NodeRecord("here", "h", 1, now_ms)
+    await run(redis, control_scripts.enlist(ALL.nodes, "here", registry.signer.write(node, "here")))
     await redis.set(ALL.node_lease("here"), "here", ex=600)
-    replica = {"replica": "r-1", "node": "here", "pid": 1, "version": "v", "state": "RUNNING", "started_ms": now_ms}
-    await run(redis, control_scripts.enlist(MODEL.replicas, "r-1", json.dumps(replica)))
+    replica = ReplicaRecord("r-1", "here", 1, "v", "RUNNING", now_ms)
+    await run(redis, control_scripts.enlist(MODEL.replicas, "r-1", registry.signer.write(replica, "app.Model", "r-1")))
     await redis.set(MODEL.lease("r-1"), "here", ex=600)
     yield registry
     await redis.flushall()

@@ -19,7 +19,11 @@ async def deploy(
     redis: Control, keys: DeploymentKeys, revision: str, code: str = "code", *, configured: bool = False
 ) -> str:
     limits = ("3", "60", "", "")
-    call = control_scripts.deploy(keys, revision, code, f"config {revision}", b"defined", limits, configured=configured)
+    present: Any = await redis.hget(keys.config, "version")
+    staying = (present or b"").decode(), f"config {revision}, as before"
+    call = control_scripts.deploy(
+        keys, revision, code, f"config {revision}", b"defined", limits, configured=configured, staying=staying
+    )
     return await run(redis, call)
 
 
@@ -53,6 +57,28 @@ async def test_version_stays_while_the_code_does(redis: Control, keys: Deploymen
     versions = [await deploy(redis, keys, f"r{n}", code) for n, code in enumerate(["a", "a", "b", "b", "a"])]
 
     assert versions == ["r0", "r0", "r2", "r2", "r4"]
+
+
+async def test_version_that_nobody_signed_a_config_for_does_not_stay(redis: Control, keys: DeploymentKeys) -> None:
+    await deploy(redis, keys, "r1")
+    call = control_scripts.deploy(
+        keys, "r2", "code", "for r2", b"defined", ("3", "60", "", ""), configured=False, staying=("r0", "for r0")
+    )
+
+    assert [await run(redis, call) for _ in range(2)] == ["r2", "r2"]
+    assert (await fields(redis, keys.config))["config"] == "for r2"
+
+
+async def test_config_is_the_one_that_was_signed_for_its_version(redis: Control, keys: DeploymentKeys) -> None:
+    await deploy(redis, keys, "r1")
+    first = (await fields(redis, keys.config))["config"]
+    await deploy(redis, keys, "r2")
+    second = (await fields(redis, keys.config))["config"]
+    await deploy(redis, keys, "r3", "edited")
+
+    assert [first, second, (await fields(redis, keys.config))["config"]] == [
+        "config r1", "config r2, as before", "config r3",
+    ]  # fmt: skip
 
 
 async def test_unknown_code_is_another_one_each_time(redis: Control, keys: DeploymentKeys) -> None:

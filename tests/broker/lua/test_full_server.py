@@ -9,7 +9,7 @@ from millstream.broker import control_scripts, scripts
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.link import dial
-from millstream.broker.records import NewDeployment
+from millstream.broker.records import NewDeployment, ReplicaRecord
 from millstream.broker.registry import Registry
 from millstream.broker.scripts import Ended, Supplied
 from millstream.broker.states import State
@@ -105,7 +105,8 @@ async def test_config_is_taken_back_and_causes_are_noted_and_what_left_is_remove
     first = await registry.current("app.Model")
     second = await registry.deploy("app", "Model", both)
     assert first is not None
-    await registry.client.hset(keys.replicas, "r-1", '{"version": "former"}')
+    former = ReplicaRecord("r-1", "n-1", 1, "former", "RUNNING", 0)
+    await registry.client.hset(keys.replicas, "r-1", registry.signer.write(former, keys.tag, "r-1"))
     await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(), b"", "code")])
     third = await registry.current("app.Model")
     assert third is not None and third.revision != second.version

@@ -14,6 +14,7 @@ from millstream.broker.keys import DeploymentKeys
 from millstream.broker.records import ReplicaRecord
 from millstream.broker.removal import Removal
 from millstream.broker.scripts import Finished, Submitted
+from millstream.broker.signed import Signer
 from millstream.broker.supplying import Supplier
 from millstream.broker.sweeper import Sweeper
 from millstream.config import Settings
@@ -24,7 +25,7 @@ SETTINGS = Settings("redis://nowhere.invalid", secret_key=b"a secret for tests")
 REVISION = "the revision"
 RAISED = remote_errors.capture(ValueError("no"))
 TTL_S = 3600
-supplier = Supplier(SETTINGS, run)
+supplier, signer = Supplier(SETTINGS, run), Signer(SETTINGS)
 
 
 class Attempt(NamedTuple):
@@ -74,8 +75,7 @@ async def appear(keys: DeploymentKeys, replica: str) -> None:
     await run(control_scripts.groups(keys))
     record = ReplicaRecord(replica, "node", 1, "v1", "RUNNING", 0)
     await run(control_scripts.renew([keys.lease(replica)], TTL_S, "launcher"))
-    text = json.dumps({name: getattr(record, name) for name in record.__slots__})
-    await run(control_scripts.enlist(keys.replicas, replica, text))
+    await run(control_scripts.enlist(keys.replicas, replica, signer.write(record, keys.tag, replica)))
 
 
 async def finish(keys: DeploymentKeys, attempts: Sequence[Claimed], *, succeeds: bool, is_large: bool) -> None:
@@ -102,7 +102,7 @@ async def finish(keys: DeploymentKeys, attempts: Sequence[Claimed], *, succeeds:
 
 async def bury(keys: DeploymentKeys, replica: str) -> None:
     """Its parent has seen it die."""
-    await sweeper.bury(run, ask, supplier, keys, replica, "killed", expired=False)
+    await sweeper.bury(run, ask, supplier, signer, keys, replica, "killed", expired=False)
 
 
 async def sweep(keys: DeploymentKeys) -> None:
