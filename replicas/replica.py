@@ -154,7 +154,7 @@ class Replica:
             other_versions=OtherVersions(self._keys, self._signer, self._birth.version, self._ask),
         )
         finisher.on_lost_value = executor.value_was_lost
-        self._orders = Orders(self._keys, executor, self._emitters, self._recycle)
+        self._orders = Orders(self._keys, executor, self._emitters, self._ask, self._recycle)
         self._intake = intake = Intake(
             self._keys, self._birth.replica, executor, served.max_ongoing(config), self._lease.block_s
         )
@@ -301,7 +301,7 @@ class Replica:
                     await self._renew_lease()
                 await sweeper.step(self._birth.tag)
                 await self._clock.set(self._ask)
-                await self._orders.check(self._ask)
+                await self._orders.check()
                 await self._emitters.look()
                 if not await self._ask("EXISTS", self._keys.config):
                     self.stop()  # the deployment was removed; usually the launcher says so first

@@ -1,5 +1,7 @@
 """Somebody publishes on the channels: callers get their results all the same, replicas go on, nothing is executed."""
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from millstream.broker.codec import codec_for
 from millstream.broker.keys import DeploymentKeys
 from millstream.errors import GetTimeoutError, MillstreamError, SignatureError
 from millstream.handles.handle import SyncHandle
+from millstream.replicas import orders
 from tests.replica_helpers import PATIENCE_S, Gate, Serving
 from tests.scenarios.processes import wait_for
 from tests.security.hostile import GARBAGE, REF, Canary, Enemy, damaged, fuzzed
@@ -28,6 +31,13 @@ class Model:
     async def wait(self, x: int) -> int:
         await gates["now"].wait()
         return x + 1
+
+    async def stubborn(self, x: int) -> int:
+        try:
+            await gates["now"].wait()
+        except asyncio.CancelledError:
+            await gates["now"].wait()
+        return x
 
     async def count(self, n: int) -> object:
         for i in range(n):
@@ -180,15 +190,60 @@ def test_nonsense_on_a_channel_of_orders_changes_nothing(handle: SyncHandle, ene
     assert b"RUNNING" in replica
 
 
-def test_forged_order_to_cancel_costs_the_request_and_not_the_replica(handle: SyncHandle, enemy: Enemy) -> None:
-    """Who may publish can have running requests stop: the threat model says so. Their callers do not hang."""
-    (channel,) = [channel.decode() for channel in enemy.pubsub_shardchannels(f"{KEYS.orders('')}*")]
-    pending = handle.options(timeout_s=1.0).wait.remote(1)
+def channel_of_orders(client: Enemy) -> str:
+    (channel,) = client.pubsub_shardchannels(f"{KEYS.orders('')}*")
+    return str(channel.decode())
+
+
+def looked_up(client: Enemy) -> int:
+    """How often places of requests have been read, by anybody."""
+    return int(client.info("commandstats").get("cmdstat_hmget", {}).get("calls", 0))
+
+
+@pytest.mark.parametrize("order", [b"cancel ", b"kill "])
+def test_forged_order_is_looked_up_and_not_obeyed(handle: SyncHandle, enemy: Enemy, order: bytes) -> None:
+    pending = handle.wait.remote(1)
+    (place,) = enemy.hvals(KEYS.open)
+    before = looked_up(enemy)
+
+    for _ in range(20):
+        enemy.execute_command("SPUBLISH", channel_of_orders(enemy), order + place)
+    assert handle.call(1) == 2  # by then it has heard them
+    wait_for(lambda: looked_up(enemy) > before)
+    gates["now"].open()
+
+    assert pending.result(timeout=PATIENCE_S) == 2
+    (replica,) = enemy.hvals(KEYS.replicas)
+    assert b"RUNNING" in replica
+
+
+def test_forged_order_to_kill_does_not_end_the_process_of_a_request_that_was_only_cancelled(
+    serving: Serving, handle: SyncHandle, enemy: Enemy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "CLEAN_UP_S", 0.05)
+    channel, pending = channel_of_orders(enemy), handle.stubborn.remote(1)
+    (place,) = enemy.hvals(KEYS.open)
+    assert pending.cancel()
+    before = looked_up(enemy)
+
+    enemy.execute_command("SPUBLISH", channel, b"kill " + place)
+    wait_for(lambda: looked_up(enemy) > before)
+    time.sleep(0.1)
+
+    assert handle.call(1) == 2
+    assert not any("recycling" in message for message in serving._hosted[0].heard)
+
+
+def test_order_that_cannot_be_looked_up_is_not_obeyed(handle: SyncHandle, enemy: Enemy) -> None:
+    channel, pending = channel_of_orders(enemy), handle.options(timeout_s=PATIENCE_S).wait.remote(1)
     (place,) = enemy.hvals(KEYS.open)
 
+    enemy.rename(KEYS.open, "aside")
+    enemy.set(KEYS.open, b"\xff")
+    before = looked_up(enemy)
     enemy.execute_command("SPUBLISH", channel, b"cancel " + place)
+    wait_for(lambda: looked_up(enemy) > before)
+    enemy.rename("aside", KEYS.open)
+    gates["now"].open()
 
-    wait_for(lambda: gates["now"].inside == 0)
-    with pytest.raises(MillstreamError):
-        pending.result(timeout=PATIENCE_S)
-    assert handle.call(1) == 2
+    assert pending.result(timeout=PATIENCE_S) == 2
