@@ -29,6 +29,9 @@ from millstream.handles.recovery import Recovery
 from millstream.handles.route import Pending, Route, Several
 from millstream.handles.submitter import Submitter
 
+NEWLINE = b"\n"[0]  # ends what is only announced, and notices
+SIGNED = b"s"[0], b"f"[0]  # succeeded, failed: these bear a signature, and what begins otherwise is only looked up
+
 
 class Engine:
     """Make one with `engines.current()`. All methods but those that say otherwise belong to the engine's own loop."""
@@ -55,6 +58,7 @@ class Engine:
         self._routes: dict[str, Route] = {}
         self._patrol = Patrol(self.pending, self.lines, Signer(settings), self.route, self.look_at)
         self._messages = Messages()
+        self._doubted: dict[bytes, str] = {}  # ref -> tag of what a message told of without a signature
         self._handed_over: tuple[Engine | None, int] = (None, 0)  # to whom, up to which of them
         self._closer: AsyncGenerator[None, None] | None = None
 
@@ -148,7 +152,7 @@ class Engine:
             pending = pendings.get(ref)
             if pending is None:
                 continue
-            if stored[-1:] != b"\n":
+            if stored and stored[-1] != NEWLINE and stored[0] in SIGNED:
                 del pendings[ref]
                 if pending.is_private and pending.since > sure_after:
                     private.append(ref)
@@ -160,9 +164,25 @@ class Engine:
             elif outcomes.large_part(stored) is not None:
                 self.answered(pending, stored)
             else:
-                self.look_at(self.route(pending.codec.tag), [ref])
+                self._doubt(pending)
         if private and pending is not None and sure_after == self.drops.sure_after:  # else another thread has them sent
             self.drops.add_all(pending.codec.tag, private)
+
+    def _doubt(self, pending: Pending) -> None:
+        """Who may publish can send any text. What bears no signature is read from the record, together with what comes
+        at the same time: all that an application's end has cancelled, say."""
+        if not self._doubted:
+            self.loop.call_soon(self._look_up)
+        self._doubted[pending.ref] = pending.codec.tag
+
+    def _look_up(self) -> None:
+        doubted, self._doubted = self._doubted, {}
+        by_tag: dict[str, list[bytes]] = {}
+        for ref, tag in doubted.items():
+            by_tag.setdefault(tag, []).append(ref)
+        for tag, refs in by_tag.items():
+            for start in range(0, len(refs), LOOK_AT_ONCE):
+                self.look_at(self.route(tag), refs[start : start + LOOK_AT_ONCE])
 
     def look_at(self, route: Route, refs: list[bytes], *, listen: bool = False) -> None:
         """Read what became of some refs; the answer settles them. With `listen`, hear of the end of those still open."""

@@ -49,6 +49,25 @@ async def test_request_ends_where_it_is_and_its_caller_is_told(
     assert await read_state(redis, keys, ref.id[-22:]) is State.CANCELLED
 
 
+async def test_ends_that_are_told_together_are_looked_up_together(
+    serving: Serving, redis: Control, notes: Notes
+) -> None:
+    """What a message says of an end without a signature is read from the record: one script for many."""
+    handle = serving(Model, notes, max_ongoing_requests=1)
+    refs = [await handle.options(block_until="queued").remote(x) for x in range(300)]
+    before = await calls_of(redis, "mget")
+
+    engines.current().endings.cancel_soon([ref.id for ref in refs])
+    ends = await asyncio.gather(*refs, return_exceptions=True)
+
+    assert {type(end) for end in ends} == {RequestCancelledError}
+    assert await calls_of(redis, "mget") - before <= 10
+
+
+async def calls_of(redis: Control, command: str) -> int:
+    return int((await redis.info("commandstats")).get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
 @pytest.mark.parametrize("state", [State.PARKED, State.DELAYED, State.QUEUED])
 async def test_what_has_not_started_never_starts(
     serving: Serving, redis: Control, keys: DeploymentKeys, state: State, notes: Notes

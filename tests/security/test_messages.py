@@ -32,6 +32,11 @@ class Model:
         await gates["now"].wait()
         return x + 1
 
+    async def wait_and_count(self, n: int) -> object:
+        await gates["now"].wait()
+        for i in range(n):
+            yield i
+
     async def stubborn(self, x: int) -> int:
         try:
             await gates["now"].wait()
@@ -146,6 +151,30 @@ def test_forged_value_is_a_signature_error(handle: SyncHandle, enemy: Enemy, can
 
     with pytest.raises(SignatureError):
         pending.result(timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b"cancelled normal 1-1\nits caller cancelled it", b"timed_out - -\nits deadline passed", b"cancelled - -\n",
+        b'dead normal 1-1\n[{"attempt": 3, "replica": "r-1", "cause": "killed", "at_ms": 1}]', b"", b"\xff\xfe", b"unknown",
+        b"open",
+    ],
+)  # fmt: skip
+def test_end_that_bears_no_signature_is_looked_up_and_not_believed(
+    handle: SyncHandle, enemy: Enemy, forged: bytes
+) -> None:
+    handle.call(1)
+    channel, pending, stream = caller_of(enemy), handle.wait.remote(1), handle.wait_and_count.stream(3)
+    wait_for(lambda: enemy.hlen(KEYS.open) == 2)
+
+    for ref in enemy.hkeys(KEYS.open):
+        enemy.execute_command("SPUBLISH", channel, message(ref, forged))
+    assert handle.call(1) == 2  # by then it has heard them, on the same connection
+    gates["now"].open()
+
+    assert pending.result(timeout=PATIENCE_S) == 2
+    assert list(stream) == [0, 1, 2]
 
 
 def test_nonsense_in_a_stream_ends_it_with_an_error_or_not_at_all(handle: SyncHandle, enemy: Enemy) -> None:
