@@ -19,6 +19,7 @@ from tests.security.hostile import Canary, Enemy
 from tests.servers import Server
 
 pytestmark = [pytest.mark.processes, pytest.mark.any_server]
+UNSIGNED = b"the record without its signature"
 TAG = "default.Worker"
 ALL, KEYS = Keys("ms"), DeploymentKeys("ms", TAG)
 
@@ -62,9 +63,9 @@ def test_launcher_and_autoscaler_go_on_over_garbage_and_recover(
               (KEYS.status, "target"), (KEYS.replicas, "x")]  # fmt: skip
     before = [(key, field, installed.hget(key, field)) for key, field in fields]
 
-    for garbage in (b"\xff\0", b"[" * 5000, json.dumps({"replicas": "many"}).encode()):
-        for key, field in fields:
-            installed.hset(key, field, garbage)
+    for garbage in (b"\xff\0", b"[" * 5000, json.dumps({"replicas": "many"}).encode(), UNSIGNED):
+        for key, field, value in before:
+            installed.hset(key, field, (value or b"").partition(b" ")[2] if garbage is UNSIGNED else garbage)
         installed.publish(ALL.node_wake(node), garbage)
         so_far = passes(installed)
         wait_for(lambda so_far=so_far: passes(installed) > so_far + 12, 30, "some passes over it")  # type: ignore[misc]
