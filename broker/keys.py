@@ -49,12 +49,12 @@ class Keys:
 
     @cached_property
     def apps(self) -> str:
-        """hash: application -> JSON (version, ingress, deployments, those leaving, when). Written by deploy, removed by delete."""
+        """hash: application -> signed JSON (version, ingress, deployments, those leaving, when). Written by deploy, removed by delete."""
         return f"{self.namespace}:apps"
 
     @cached_property
     def nodes(self) -> str:
-        """hash: node -> JSON (host, pid, started). Written by launchers; a node without lease is swept."""
+        """hash: node -> signed JSON (host, pid, started). Written by launchers; a node without lease is swept."""
         return f"{self.namespace}:nodes"
 
     def node_lease(self, node: str) -> str:
@@ -62,7 +62,7 @@ class Keys:
         return f"{self.namespace}:node:{node}:lease"
 
     def node_plan(self, node: str) -> str:
-        """hash: deployment tag -> JSON (replicas, version, revision). Written by the autoscaler's placement, read by the launcher."""
+        """hash: deployment tag -> signed JSON (replicas, version, revision). Written by the autoscaler's placement, read by the launcher."""
         return f"{self.namespace}:node:{node}:plan"
 
     def node_wake(self, node: str) -> str:
@@ -197,7 +197,7 @@ class DeploymentKeys:
 
     @cached_property
     def config(self) -> str:
-        """hash: what scripts and components must know (version, revision, config as JSON, ...). Ends with the deployment."""
+        """hash: what scripts and components must know (version, revision, config as signed JSON, ...). Ends with the deployment."""
         return f"{self.prefix}config"
 
     @cached_property
@@ -217,7 +217,7 @@ class DeploymentKeys:
 
     @cached_property
     def replicas(self) -> str:
-        """hash: replica -> JSON (node, pid, state, version, revision, connections). Removed by the script that buries the replica."""
+        """hash: replica -> signed JSON (node, pid, state, version, revision, connections). Removed by the script that buries the replica."""
         return f"{self.prefix}replicas"
 
     def lease(self, replica: str) -> str:

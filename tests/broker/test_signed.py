@@ -11,6 +11,7 @@ from millstream.broker.records import AppRecord, NodeRecord, Planned, ReplicaRec
 from millstream.broker.signed import Signer
 from millstream.config import Settings
 from millstream.errors import SignatureError
+from tests.docs import pages
 from tests.security.hostile import GARBAGE, damaged, fuzzed
 
 SIGNER = Signer(Settings("redis://nowhere.invalid", secret_key=b"a secret"))
@@ -40,6 +41,7 @@ def test_text_is_what_the_page_says() -> None:
     signed = b"ms\0" + parts + b'{"replicas": 2}'
     digits = hashlib.blake2b(signed, key=b"a secret", digest_size=16, person=b"ms plan").hexdigest()
     assert stored == f'{digits} {{"replicas": 2}}'
+    assert f"    {stored}\n" in (pages.ROOT / "docs" / "keyspace.md").read_text()
 
 
 @fuzzed(150)
