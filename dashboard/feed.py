@@ -13,6 +13,7 @@ from millstream.config import Settings, redact
 from millstream.dashboard.rates import Rates, RateWindow
 from millstream.dashboard.reading import Look
 from millstream.dashboard.snapshot import Snapshot, shape
+from millstream.errors import SignatureError
 
 POLL_S = 1.0
 READ_TIMEOUT_S = 3.0  # a server that is frozen must not freeze the page: it is told so instead
@@ -82,7 +83,7 @@ class Feed:
             self._snapshot = shape(look, self._rates(look), self._settings)
         except TimeoutError:
             return f"the server at {redact(self._settings.url)} did not answer within {READ_TIMEOUT_S:g} s"
-        except DOWN as e:
+        except (*DOWN, SignatureError) as e:
             return str(e)
         except Exception as e:  # a record we cannot read, a command an ACL forbids: the page must say so and go on
             if not self._error:

@@ -26,10 +26,12 @@ class Look:
 
 
 async def look(client: Control, settings: Settings) -> Look:
-    """Read it all. Raises BrokerUnavailableError, or what redis-py raises."""
+    """Read it all. Raises BrokerUnavailableError, SignatureError (with another secret nothing can be read), or what redis-py
+    raises."""
     started = time.perf_counter()
     await ping(client, settings)
     registry = Registry(client, settings)
+    await registry.check_secret(only_look=True)
     apps = await registry.apps()
     views = await registry.views()
     nodes = list((await registry.known_nodes()).values())  # `nodes` would also remove the dead ones

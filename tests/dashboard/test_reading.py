@@ -1,6 +1,7 @@
 """One look at a real server, with an installation on it."""
 
 import time
+from functools import partial
 
 import pytest
 
@@ -8,6 +9,7 @@ from millstream.broker.connection import DOWN, Control, open_control
 from millstream.broker.records import NewDeployment
 from millstream.broker.registry import Registry
 from millstream.config import DeploymentConfig, Settings
+from millstream.dashboard.feed import Feed
 from millstream.dashboard.rates import Rates
 from millstream.dashboard.reading import look
 from millstream.dashboard.snapshot import shape
@@ -50,6 +52,16 @@ async def test_looking_changes_nothing(redis: Control, settings: Settings) -> No
 
     assert await read_everything(redis) == before
     assert ([node.node for node in found.nodes], found.alive) == ([NODE], frozenset())
+
+
+async def test_another_secret_is_said_once_for_all_records(redis: Control, settings: Settings) -> None:
+    await seed_shop(redis, settings)
+    await Registry(redis, settings).check_secret()
+    other = Settings(settings.url, secret_key=b"another secret")
+
+    latest = await Feed(other, partial(look, redis, other)).latest()
+
+    assert "is used with another secret" in latest.error
 
 
 async def test_two_hundred_deployments_need_few_connections(redis: Control, settings: Settings) -> None:
