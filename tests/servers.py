@@ -77,6 +77,11 @@ class Server:
         return f"unix://{self.folder}/socket"
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def is_up(self) -> bool:
         return self._process is not None
 
