@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,20 @@ def frozen_workers() -> Iterator[None]:
 
 
 # with coroutines
+
+
+async def at_once(do: Callable[[Any], Awaitable[Any]], items: Iterable[Any]) -> list[Any]:
+    """What comes of each item, with as many under way as there are callers: more would open a connection each."""
+    items = list(items)
+    results: list[Any] = [None] * len(items)
+    numbers = iter(range(len(items)))
+
+    async def one() -> None:
+        for number in numbers:
+            results[number] = await do(items[number])
+
+    await asyncio.gather(*[one() for _ in range(CALLERS)])
+    return results
 
 
 async def measure(peer: Any) -> None:
