@@ -10,7 +10,7 @@ UP_TO_DATE := $(VENV)/up-to-date
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench soak chaos cuts faults-peers clean
+.PHONY: help setup demo test test-fast check format bench bench-peers soak chaos cuts faults-peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ format: setup ## what `make check` would like to see
 bench: setup ## requests per second and latency on this machine
 	$(BIN)/python -m benchmarks.bare_path --rounds 3
 	$(BIN)/python -m benchmarks.end_to_end
+
+bench-peers: setup ## millstream beside ten queues, Ray Serve and the floor, into docs/benchmarks.md; about 10 minutes
+	$(BIN)/python -m benchmarks.peers --json docs/figures/peers.json --plot docs/figures/peers.svg --page docs/benchmarks.md
 
 soak: setup ## a million requests of all kinds: memory and keys must stay flat; about 5 minutes
 	$(BIN)/python -m benchmarks.soak --plot docs/figures/soak.svg

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.faults.ledger import Line, Verdict, judge, parse
+from benchmarks.processes import descendants, send_signal
+from benchmarks.virtual import python_of
 from tests.servers import Server
 
 ROOT = Path(__file__).parents[2]
@@ -59,26 +61,6 @@ SYSTEMS = (
     ),
     System("arq", ("arq==0.28.0",), (("-m", "arq", f"{module('arq')}.WorkerSettings"),) * 2),
 )
-
-
-def python_of(system: System, cache: Path) -> str:
-    """Its interpreter, with its packages in it."""
-    if not system.packages:
-        return sys.executable
-    folder = cache / "-".join((system.name, *system.packages)).replace("==", "-")
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin/pip"), "install", "--quiet", *system.packages], check=True)
-        (folder / "ready").touch()
-    return str(folder / "bin/python")
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
-    except OSError:
-        return []
-    return children + [below for child in children for below in descendants(child)]
 
 
 class Run:
@@ -150,7 +132,7 @@ class Run:
 
     def kill_workers(self) -> None:
         for pid in [pid for worker in self.workers for pid in (*descendants(worker.pid), worker.pid)]:
-            kill(pid)
+            send_signal(pid, signal.SIGKILL)
 
     def close(self) -> None:
         self._over.set()
@@ -162,15 +144,9 @@ class Run:
         self.server.stop()
 
 
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
 def kill_one(run: Run) -> None:
-    kill(next(line.pid for line in run.lines() if line.event == "start" and line.name == "long"))
+    pid = next(line.pid for line in run.lines() if line.event == "start" and line.name == "long")
+    send_signal(pid, signal.SIGKILL)
 
 
 def restart_server(run: Run) -> None:
@@ -228,9 +204,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=60)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "millstream-faults")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "millstream-peers")
     options = parser.parse_args()
-    pythons = {system.name: python_of(system, options.cache) for system in SYSTEMS}
+    pythons = {system.name: python_of(system.name, system.packages, options.cache) for system in SYSTEMS}
     print("; ".join(f"{system.name} {' '.join(system.packages)}".strip() for system in SYSTEMS), file=sys.stderr)
     results: dict[str, dict[str, Verdict]] = {}
     for fault in FAULTS:

@@ -1,4 +1,4 @@
-"""What rq's worker imports by its name."""
+"""What a worker knows by the name of its module, which must not be `__main__` for the client."""
 
 from typing import Any
 

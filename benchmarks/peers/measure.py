@@ -12,10 +12,10 @@ import resource
 import signal
 import statistics
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,22 +208,18 @@ def _calibrate_blocking(do: Callable[[range], Any]) -> int:
 
 
 def _callers_blocking(call: Callable[[Any], Any], value: Any, callers: int, seconds: float) -> float:
-    done, began = [0] * callers, time.perf_counter()
+    began = time.perf_counter()
 
-    def one(number: int) -> None:
-        with reported("a caller"):
-            while time.perf_counter() < began + seconds:
-                assert call(value) == value
-                done[number] += 1
+    def one(_: int) -> int:
+        done = 0
+        while time.perf_counter() < began + seconds:
+            assert call(value) == value
+            done += 1
+        return done
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if not all(done):
-        raise RuntimeError(f"{done.count(0)} of {callers} callers got no result")
-    return sum(done) / (time.perf_counter() - began)
+    with ThreadPoolExecutor(callers) as threads:
+        done = sum(threads.map(one, range(callers)))
+    return done / (time.perf_counter() - began)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

@@ -52,7 +52,6 @@ def _measure(system: System, python: str, server: Server, folder: Path, seconds:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MILLSTREAM_")} | {
         "PYTHONPATH": str(ROOT),
         "PEERS_URL": server.url,
-        "PEERS_SERVER_PID": str(server.pid),
         "PEERS_SECONDS": str(seconds),
         "MILLSTREAM_URL": server.url,
     }
@@ -71,6 +70,7 @@ def _measure(system: System, python: str, server: Server, folder: Path, seconds:
         try:
             if system.worker:
                 arguments = [argument.format(port=server.port, url=server.url) for argument in system.worker]
+                environment["PEERS_SERVER_PID"] = str(server.pid)
                 environment["PEERS_WORKER_PID"] = str(start(arguments, errors.fileno()).pid)
             client = start(("-m", module(system.name)), subprocess.PIPE)
             try:

@@ -51,8 +51,8 @@ SYSTEMS = (
         ("huey==3.5.4", REDIS, HIREDIS),
         ("-m", "huey.bin.huey_consumer", f"{module('huey')}.huey", "-k", "thread", "-w", "8", "--quiet"),
     ),
-    System("arq", ("arq==0.28.0", UVLOOP), ("-m", "arq", f"{module('arq')}.WorkerSettings")),
-    System("saq", ("saq[hiredis]==0.26.4", UVLOOP), ("-m", "saq", f"{module('saq')}.settings")),
+    System("arq", ("arq==0.28.0", UVLOOP), command(f"{module('arq')} import WorkerSettings; from arq import run_worker; run_worker(WorkerSettings)")),
+    System("saq", ("saq[hiredis]==0.26.4", "typing-extensions==4.16.0", UVLOOP), ("-m", "saq", f"{module('saq')}.settings")),
     System(
         "taskiq",
         ("taskiq==0.13.0", "taskiq-redis==1.2.4", UVLOOP, HIREDIS),
@@ -61,7 +61,7 @@ SYSTEMS = (
             "--max-async-tasks", "500", "--log-level", "WARNING",
         ),
     ),
-    System("streaq", ("streaq==7.2.0", UVLOOP, HIREDIS), ("-m", "streaq", "run", f"{module('streaq')}:worker")),
+    System("streaq", ("streaq==7.2.0", UVLOOP, HIREDIS), command(f"{module('streaq')} import worker; worker.run_sync()")),
     System(
         "tarsk",
         ("tarsk-redis==0.2.1",),

@@ -8,15 +8,10 @@ from typing import Any
 
 from huey import RedisHuey
 
+from benchmarks.peers.jobs import echo
 from benchmarks.peers.measure import PATIENCE_S, URL, measure_blocking
 
 huey = RedisHuey("peers", url=URL, notify_result=True)
-
-
-def echo(value: Any) -> Any:
-    return value
-
-
 task = huey.task()(echo)
 
 

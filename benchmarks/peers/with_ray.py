@@ -42,6 +42,8 @@ if __name__ == "__main__":
     serve.start(proxy_location="Disabled")
     deployment = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})(Echo)
     served = serve.run(deployment.bind(), route_prefix=None)
-    measure_serial_blocking(lambda value: served.remote(value).result())
+    blocking = serve.get_app_handle("default")
+    blocking._init(_run_router_in_separate_loop=True)  # what the setting turns off: `result` blocks
+    measure_serial_blocking(lambda value: blocking.remote(value).result())
     run(main(served))
     ray.shutdown()

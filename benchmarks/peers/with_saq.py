@@ -28,7 +28,9 @@ class Peer:
         return await queue.apply("echo", value=value, poll_interval=0.001, timeout=PATIENCE_S)
 
     async def all(self, values: Iterable[Any]) -> list[Any]:
-        return await queue.map("echo", [{"value": v} for v in values], poll_interval=0.02, timeout=PATIENCE_S)
+        arguments = [{"value": value} for value in values]
+        results: list[Any] = await queue.map("echo", arguments, poll_interval=0.02, timeout=PATIENCE_S)
+        return results
 
     async def submit(self, values: Iterable[Any]) -> None:
         await at_once(lambda value: queue.enqueue("echo", value=value), values)

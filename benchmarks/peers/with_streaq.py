@@ -1,4 +1,4 @@
-"""streaQ on uvloop: concurrency 500, `enqueue_many`; a result is waited for over pub/sub.
+"""streaQ on uvloop: concurrency 500, `enqueue_many`; a result is waited for over a pub/sub connection of its own.
 
 See streaq.readthedocs.io (Worker, performance, enqueue_many).
 """
@@ -10,7 +10,15 @@ from streaq import Worker
 
 from benchmarks.peers.measure import PATIENCE_S, URL, at_once, measure, run
 
-worker: Any = Worker(redis_url=URL, queue_name="peers", concurrency=500, anyio_kwargs={"use_uvloop": True})
+worker: Any = Worker(
+    redis_url=URL,
+    redis_kwargs={
+        "max_connections": 1000
+    },  # each wait takes one, and another: 64 waits use up what there is by default
+    queue_name="peers",
+    concurrency=500,
+    anyio_kwargs={"use_uvloop": True},
+)
 
 
 async def echo(value: Any) -> Any:
