@@ -157,4 +157,13 @@ def main() -> None:
             results, f"one client, one worker process, medians of {options.rounds} rounds ({facts})", options.plot
         )
     if options.page:
-        options.page.write_text(report.with_section(options.page.read_text(), report.section(results, about, notes)))
+        text = report.section(results, about, notes)
+        if options.plot:
+            text = f"![Requests per second and serial latency]({_seen_from(options.page, options.plot)})\n\n{text}"
+        if options.json:
+            text += f"\nAll rounds are in [{options.json.name}]({_seen_from(options.page, options.json)}).\n"
+        options.page.write_text(report.with_section(options.page.read_text(), text))
+
+
+def _seen_from(page: Path, file: Path) -> str:
+    return os.path.relpath(file, page.parent)
