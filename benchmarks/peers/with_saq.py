@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import uvloop
-from saq import Queue
+from redis.asyncio import Redis
+from saq.queue.redis import RedisQueue
 
 from benchmarks.peers.measure import PATIENCE_S, URL, at_once, measure, run
 
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-queue = Queue.from_url(URL, max_concurrent_ops=64)
+queue = RedisQueue(Redis.from_url(URL, max_connections=1000), max_concurrent_ops=64)  # 100 of them are not enough
 
 
 async def echo(_: Any, *, value: Any) -> Any:
@@ -38,6 +39,7 @@ class Peer:
 
 async def main() -> None:
     await measure(Peer())
+    await queue.disconnect()
 
 
 if __name__ == "__main__":
