@@ -1,10 +1,11 @@
 """millstream, one replica, all settings as they come. `submit`: nothing sends in bulk; `remote` in a loop, refs awaited."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.peers.measure import measure, measure_serial_blocking, run
+from benchmarks.peers.measure import PATIENCE_S, measure, measure_serial_blocking, run
 from millstream import serve
 
 
@@ -34,6 +35,17 @@ async def main() -> None:
     await measure(Peer())
 
 
+def wait_for_replica() -> None:
+    """The client may be there before `millstream run` has deployed."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get("default")
+        if application and (echo := application.deployments.get("Echo")) and echo.replicas:
+            return
+        time.sleep(0.1)
+
+
 if __name__ == "__main__":
+    wait_for_replica()
     measure_serial_blocking(serve.get_deployment_handle("Echo", sync=True).call)
     run(main())
