@@ -3,8 +3,8 @@
     make bench-peers      (python -m benchmarks.peers [--systems floor,millstream,saq] [--rounds 3] [--aof]
                            [--json FILE] [--plot FILE] [--page docs/benchmarks.md])
 
-One system at a time, each round on a server of its own, which is new; round by round, so that a bad minute of the machine hits all. Each of a
-peer's packages comes from PyPI, into a virtual environment of its own. What a system cannot do is "-".
+One system at a time, each on a new server; round by round, so that a bad minute of the machine hits all. A peer's packages
+come from PyPI, into a virtual environment of its own. What a system cannot do is "-".
 """
 
 import argparse
