@@ -12,6 +12,7 @@ from millstream.broker.call import Call, script
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.states import State
 
+ROW = 5  # parts of a request in a submit, of an outcome in a finish
 SWEEP_LIMIT = 100  # bounded loops: a script stalls everybody (100 releases take 2 to 3 ms)
 HOLD_MS = 3_600_000  # a large value that an open request will read is kept for an hour at a time
 BURIED_TTL_S = 3600  # the result of what nobody can read
@@ -108,9 +109,29 @@ def submit(keys: DeploymentKeys, client: str, requests: Sequence[Any]) -> Call[d
     return Call(
         script("submit"),
         (keys.config, keys.open, keys.result_prefix, keys.prefix, keys.notes, keys.deadlines, keys.payload_prefix),
-        (client, *requests),
+        (client, *_grouped(requests, same=(1, 2, 3), own=(0, 4))),
         _read_known,
     )
+
+
+def _grouped(flat: Sequence[Any], *, same: Sequence[int], own: Sequence[int]) -> list[Any]:
+    """Rows of five, flat, as the scripts take them: once for each run of rows what is the `same` in them and their number,
+    then what each has of its `own`. Fewer arguments: each costs client and server a fifth of a microsecond."""
+    columns = [flat[i::ROW] for i in range(ROW)]
+    count = len(columns[0])
+    if all(columns[i].count(columns[i][0]) == count for i in same if count):  # nearly always
+        runs = [(0, count)] if count else []
+    else:
+        heads = list(zip(*(columns[i] for i in same), strict=True))
+        starts = [i for i in range(count) if not i or heads[i] != heads[i - 1]]
+        runs = list(zip(starts, [*starts[1:], count], strict=True))
+    arguments: list[Any] = []
+    for start, end in runs:
+        rows: list[Any] = [None] * ((end - start) * len(own))
+        for position, i in enumerate(own):
+            rows[position :: len(own)] = columns[i][start:end]
+        arguments += [*(columns[i][start] for i in same), end - start, *rows]
+    return arguments
 
 
 class Held(NamedTuple):
@@ -257,7 +278,7 @@ def finish(
             keys.lane(lane), keys.open, keys.notes, keys.result_prefix, keys.reply_prefix,
             *_ending(keys), keys.value_prefix,
         ),
-        (lane, ttl_s, *outcomes),
+        (lane, ttl_s, *_grouped(outcomes, same=(2, 3), own=(0, 1, 4))),
         lambda reply: (_read_refused(reply[0]) if reply[0] else {}, _waiters(reply[1])),
     )  # fmt: skip
 

@@ -261,7 +261,7 @@ def test_keys_of_submit_are_those_on_the_page() -> None:
     rows = pages.table(pages.KEYSPACE, "Sending a request from another language")
     described = [pages.unquoted(next(reversed(row.values()))).removesuffix(" (a prefix)") for row in rows]
 
-    assert described[: len(described) - 2] == list(scripts.submit(DeploymentKeys("ms", "<tag>"), "", []).keys)
+    assert described[: len(described) - 3] == list(scripts.submit(DeploymentKeys("ms", "<tag>"), "", []).keys)
 
 
 def test_extras_are_those_on_the_page() -> None:

@@ -1,6 +1,7 @@
 """extras.lua, in submit.lua and hold.lua: what a caller asks beyond the usual; and what makes no sense writes nothing."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -223,15 +224,29 @@ async def test_lane_that_does_not_exist_is_refused_and_writes_nothing(redis: Con
     assert await read_everything(redis) == before
 
 
-@pytest.mark.parametrize("arguments", [request(new_ref())[:4], request(new_ref()) * 2 + (b"more",), [b"x"] * 9])
-async def test_arguments_that_are_not_five_per_request_are_refused_and_write_nothing(
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("normal", b"m", ""),
+        ("normal", b"m", "", 1, new_ref()),
+        ("normal", b"m", "", 2, new_ref(), b"body"),
+        ("normal", b"m", "", 0),
+        ("normal", b"m", "", -1, new_ref(), b"body"),
+        ("normal", b"m", "", 0.5, new_ref(), b"body"),
+        ("normal", b"m", "", "nan", new_ref(), b"body"),
+        ("normal", b"m", "", "many", new_ref(), b"body"),
+        ("normal", b"m", "", 1, new_ref(), b"body", "more"),
+    ],
+)
+async def test_group_that_is_not_as_long_as_it_says_is_refused_and_nothing_written(
     redis: Control, keys: DeploymentKeys, arguments: Sequence[Any]
 ) -> None:
     await deploy_config(redis, keys)
+    call = scripts.submit(keys, CALLER, request(new_ref()))
     before = await read_everything(redis)
 
-    with pytest.raises(ResponseError, match="BADREQUEST five arguments per request"):
-        await run(redis, scripts.submit(keys, CALLER, arguments))
+    with pytest.raises(ResponseError, match="BADREQUEST a group is"):
+        await run(redis, replace(call, arguments=(*call.arguments, *arguments)))
 
     assert await read_everything(redis) == before
 

@@ -139,7 +139,7 @@ class Deployment:
         client = arguments[0]
         known: dict[int, Submitted] = {}
         room = float("inf") if self.max_queued is None else self.max_queued - self._waiting()
-        for position, (ref, lane, _, extras, _) in enumerate(rows(arguments[1:], 5)):
+        for position, (lane, _, extras, ref, _) in enumerate(in_groups(arguments[1:], 3, 2)):
             request = self._asked(ref, lane, client, extras)
             answer = self._known(request)
             if answer is Submitted.NEW and room <= 0:
@@ -306,8 +306,9 @@ class Deployment:
     # those that end them
 
     def finish(self, call: Call[Any], arguments: list[str]) -> tuple[dict[int, Finished], list[tuple[str, str]]]:
-        lane, refused, envelopes = arguments[0], {}, list(call.arguments)[6::5]
-        for position, (entry, ref, _, state, _) in enumerate(rows(arguments[2:], 5)):
+        lane, refused = arguments[0], {}
+        envelopes = [row[-1] for row in in_groups(list(call.arguments)[2:], 2, 3)]
+        for position, (_, state, entry, ref, _) in enumerate(in_groups(arguments[2:], 2, 3)):
             place, one = f"{lane} {entry}", self.open.get(ref)
             if one is None or one.place != place:
                 refused[position] = self._why_refused(ref, place)
@@ -497,6 +498,15 @@ class Deployment:
 
 def rows(flat: list[str], width: int) -> Iterator[list[str]]:
     return (flat[i : i + width] for i in range(0, len(flat), width))
+
+
+def in_groups(flat: list[Any], head: int, width: int) -> Iterator[list[Any]]:
+    """Rows of `head` and `width` parts, out of groups: a head, a count, and so many rows without it."""
+    while flat:
+        count = int(flat[head])
+        for row in rows(flat[head + 1 : head + 1 + count * width], width):
+            yield [*flat[:head], *row]
+        flat = flat[head + 1 + count * width :]
 
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

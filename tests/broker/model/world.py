@@ -13,7 +13,7 @@ from millstream.broker.held import HeldRequest
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.states import TERMINAL, TRANSITIONS, State
 from tests.broker.model import reading
-from tests.broker.model.model import HELD, Deployment, Refusal, tag_of
+from tests.broker.model.model import HELD, Deployment, Refusal, in_groups, tag_of
 from tests.broker.model.stepping import Step, send
 from tests.helpers import attempts_of
 
@@ -131,7 +131,7 @@ class World:
         assert step.call is not None
         match step.call.script.name:
             case "submit":
-                refs = [ref.decode() for ref in step.call.arguments[1::5]]
+                refs = [row[3].decode() for row in in_groups(list(step.call.arguments[1:]), 3, 2)]
                 self.accepted[tag] |= {ref for position, ref in enumerate(refs) if position not in reply}
             case "hold" if reply[0] == "new":
                 self.accepted[tag].add(step.call.arguments[2].decode())
