@@ -217,13 +217,19 @@ class Engine:
         if outcomes.large_part(answer) is not None:
             self.large.fetch(pending, answer)
             return
-        if answer == b"unknown" and self.recovery.takes(pending):
+        if answer == b"unknown" and self._may_come_yet(pending):
             return
         self.pending.pop(pending.ref, None)
         if answer == b"unknown":
             pending.fail(outcomes.not_found(f"{pending.codec.tag}~{pending.ref.decode()}"))
         else:
             self.settle(pending, answer)
+
+    def _may_come_yet(self, pending: Pending) -> bool:
+        """The server does not know this request. Was it refused when we asked, by a server that still loads its data say,
+        and is to be sent again? Or has the server lost it?"""
+        route = self.route(pending.codec.tag)
+        return self.may_be_on_its_way(route, pending.ref) or self.recovery.takes(pending)
 
     def settle(self, pending: Pending, stored: bytes, large: Verified | None = None) -> None:
         self.pending.pop(pending.ref, None)

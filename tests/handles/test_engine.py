@@ -334,3 +334,34 @@ async def test_request_that_vanished_with_the_data_of_its_server_is_reported(ser
 
 async def _exists(redis: Control, key: str) -> bool:
     return bool(await redis.exists(key))
+
+
+async def test_request_refused_while_the_server_loads_is_not_taken_for_unknown(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question after it comes when the server has just loaded, and knows nothing of it yet."""
+    handle = serving(Ledger)
+    assert await handle.call("before") == "before"
+    engine = engines.current()
+    commands, refused = engine.lines.commands, list[Callable[[Any], None]]()
+    assert commands is not None
+    start = commands.start
+
+    def loading(call: Any, callback: Callable[[Any], None]) -> None:
+        if call.script.name == "submit" and not refused:
+            refused.append(callback)
+        elif call.script.name == "watch" and len(refused) == 1:
+            refused[0](BrokerUnavailableError("the server cannot take commands now (LOADING)"))
+            refused.append(callback)
+            start(call, callback)
+        else:
+            start(call, callback)
+
+    monkeypatch.setattr(commands, "start", loading)
+    future = handle.call("asked about")
+    (ref,) = engine.pending
+    engine.look_at(engine.route(engine.pending[ref].codec.tag), [ref])
+
+    assert await asyncio.wait_for(future, 10) == "asked about"
+    assert len(refused) == 2
+    assert (await handle.counted.call())["asked about"] == 1
