@@ -446,8 +446,8 @@ async def test_reader_whose_stream_was_given_up_hears_why(
     await anext(stream)
     replies = engines.current().lines.replies
     assert replies is not None
-    monkeypatch.setattr(replies, "_on_message", None)  # else it would notice
-    await replies.ask("SUNSUBSCRIBE")  # it lives, and is deaf
+    monkeypatch.setattr(replies, "data_received", lambda data: None)  # it lives, and is deaf
+    replies.send(lambda reply: None, "SUNSUBSCRIBE")
 
     async def is_given_up() -> bool:
         return not await redis.hlen(keys_of(handle).open)
