@@ -70,7 +70,7 @@ def open_stored(codec: Codec, ref: bytes, stored: bytes, large: bytes | Verified
         try:
             if isinstance(large, Verified):
                 return large.load()
-            return codec.open("value", ref, body if large is None else large)
+            return codec.open_value(ref, body if large is None else large)
         except (ImportError, AttributeError) as e:
             e.add_note(f"the value of {codec.tag}~{ref.decode()} is of a class that cannot be imported here")
             raise

@@ -2,6 +2,7 @@
 refs further down stay refs, un-awaited tasks become refs at any depth (Ray's rules)."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from millstream.broker import pickling
@@ -68,6 +69,21 @@ def encode_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
         if isinstance(value, _WAITED_FOR):
             return None
     return pickling.dump_plain((args, kwargs))
+
+
+def encode_rows(rows: Iterable[tuple[Any, ...]]) -> list[bytes | None]:
+    """As `encode_plain`, of many calls without keywords; None also for what is large."""
+    dumps, most, special = pickling.dump_plain, pickling.LARGE_BYTES, _WAITED_FOR
+    bodies: list[bytes | None] = []
+    for row in rows:
+        for value in row:
+            if isinstance(value, special):
+                bodies.append(None)
+                break
+        else:
+            body = dumps((row, {}))
+            bodies.append(body if body is not None and len(body) <= most else None)
+    return bodies
 
 
 def encode(what: str, args: tuple[Any, ...], kwargs: dict[str, Any], model_id: str = "") -> Arguments:

@@ -105,7 +105,7 @@ class BaseHandle:
         self, engine: Engine, route: Route, pending: Pending, body: bytes, extras: bytes, until_queued: bool = False
     ) -> None:
         """Hand one request to the engine; on its loop."""
-        envelope = route.codec.seal("request", pending.ref, body, self._method)
+        envelope = route.sealer(self._method)(pending.ref, body)
         engine.submit(route, pending, self._lane, self._method, extras, envelope, until_queued)
 
     def _submit(

@@ -11,6 +11,7 @@ from millstream.errors import MillstreamError
 class CallFuture(asyncio.Future[Any]):
     """Filled by the engine, as a cell is. Cancelling it does not cancel the request."""
 
+    __slots__ = ("codec", "ref", "since")
     codec: Codec
     ref: bytes
     since: float
@@ -44,6 +45,7 @@ class CallFuture(asyncio.Future[Any]):
 class SharedCallFuture(CallFuture):
     """Of a request with an idempotency key: its result stays for others."""
 
+    __slots__ = ()
     is_private = False
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, Unpack, overload
 
 from millstream.errors import RequestCancelledError
 from millstream.handles import context, engines, mapping
-from millstream.handles.arguments import RefTask
+from millstream.handles.arguments import RefTask, encode_rows
 from millstream.handles.base_handle import BaseHandle
 from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
@@ -105,6 +105,32 @@ class DeploymentHandle(BaseHandle, Generic[T_co]):
         return mapping.async_map(self, iterable, **how)
 
     starmap = mapping.async_starmap
+
+    def _call_rows(self, rows: list[tuple[Any, ...]]) -> list[asyncio.Future[Any] | None]:
+        """As `call`, once for each row of arguments, in a fraction of the time; None for those that need its care."""
+        caller = context.current.get()
+        if not self._is_plain or (caller is not None and caller.model_id):
+            return [None] * len(rows)
+        engine, route = self._route_here()
+        futures: list[asyncio.Future[Any] | None] = []
+        made: list[Pending] = []
+        requests: list[Any] = []
+        codec, lane, method, extras = route.codec, self._lane, self._method, self._plain
+        seal, new_ref, loop, now = route.sealer(method), engine.new_ref, engine.loop, engine.now()
+        for body in encode_rows(rows):
+            if body is None:
+                futures.append(None)
+                continue
+            future = CallFuture(loop=loop)
+            future.codec, future.ref, future.since = codec, (ref := new_ref()), now
+            requests += (ref, lane, method, extras, seal(ref, body))
+            made.append(future)
+            futures.append(future)
+        engine.sender.submit_all(route, made, requests)
+        if caller is not None:
+            for pending in made:
+                caller.sends(engine, pending)
+        return futures
 
     def _send(
         self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False

@@ -7,6 +7,7 @@ which cannot be sent, and that of the items themselves, which ends the iteration
 
 import asyncio
 import queue
+import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
@@ -22,7 +23,8 @@ from millstream.handles.generics import R, R_co
 from millstream.handles.map_types import AsyncMixed, Choices, Collecting, ManyRows, Mixed, Rows
 
 Send = Callable[[int, Any], Cell]  # number of the item, item
-Call = Callable[[int, Any], "asyncio.Future[Any]"]
+Row = tuple[Any, ...]  # the arguments of one call
+ROWS_AT_ONCE, ROWS_S = 64, 0.001  # so many are sent together, or what the items give in that time
 _CANNOT_BE_SENT = (SerializationError, PayloadTooLargeError)
 
 
@@ -202,6 +204,7 @@ class _Awaited(Protocol[R]):
     """A DeploymentHandle, by what its calls give."""
 
     def _of_item(self, number: int) -> "_Awaited[R]": ...
+    def _call_rows(self, rows: list[Row]) -> list[Any]: ...
     def call(self, *args: Any, **kwargs: Any) -> "asyncio.Future[R]": ...
 
 
@@ -221,7 +224,7 @@ def async_map(
     under way when the iteration ends early goes on. An `idempotency_key` is completed by the number of the item.
     """
     how = How(max_in_flight, ordered, progress, return_exceptions)
-    return _map_async(lambda n, item: self._of_item(n).call(item), iterable, how)
+    return _map_async(self, lambda item: (item,), iterable, how)
 
 
 @overload
@@ -239,12 +242,14 @@ def async_starmap(
 ) -> AsyncIterator[Any]:
     """As `map`; each item holds all the arguments of its call."""
     how = How(max_in_flight, ordered, progress, return_exceptions)
-    return _map_async(lambda n, item: self._of_item(n).call(*item), iterable, how)
+    return _map_async(self, tuple, iterable, how)
 
 
-def _map_async(call: Call, items: Iterable[Any] | AsyncIterable[Any], how: How) -> AsyncIterator[Any]:
+def _map_async(
+    handle: _Awaited[Any], row_of: Callable[[Any], Row], items: Iterable[Any] | AsyncIterable[Any], how: How
+) -> AsyncIterator[Any]:
     how.check()
-    source = _AsyncSource(call, items)
+    source = _AsyncSource(handle, row_of, items)
     values = (_in_order_async if how.ordered else _as_completed_async)(source, how)
     return _with_progress_async(values, items) if how.progress else values
 
@@ -252,8 +257,10 @@ def _map_async(call: Call, items: Iterable[Any] | AsyncIterable[Any], how: How) 
 class _AsyncSource:
     """As `_Source`. What could not be sent is a future that has failed."""
 
-    def __init__(self, call: Call, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        self._call = call
+    def __init__(
+        self, handle: _Awaited[Any], row_of: Callable[[Any], Row], items: Iterable[Any] | AsyncIterable[Any]
+    ) -> None:
+        self._handle, self._row_of = handle, row_of
         self._items: Iterator[Any] = iter(()) if isinstance(items, AsyncIterable) else iter(items)
         self._async_items = aiter(items) if isinstance(items, AsyncIterable) else None
         self._count = 0
@@ -261,31 +268,49 @@ class _AsyncSource:
 
     async def send(self, most: int) -> "list[asyncio.Future[Any]]":
         """Send up to so many; one at a time where the items have to be awaited. None sent: there are no more."""
+        rows: list[Row] = []
         sent: list[asyncio.Future[Any]] = []
         if not most:
             return sent
         try:
             if self._async_items is not None:
-                self._send_to(sent, await anext(self._async_items))
+                rows.append(self._row_of(await anext(self._async_items)))
             else:
-                for item in islice(self._items, most):
-                    self._send_to(sent, item)
-                if len(sent) < most:
-                    self._items = iter(())  # some would begin again
+                self._take(rows, min(most, ROWS_AT_ONCE))
         except StopAsyncIteration:
             self._async_items = None
         except Exception as e:
-            self._items, self._async_items, self._error = iter(()), None, e
+            self._end(e)
+        try:
+            self._send_rows(sent, rows)
+        except Exception as e:
+            self._end(e)
         return sent
 
-    def _send_to(self, sent: "list[asyncio.Future[Any]]", item: Any) -> None:
-        number, self._count = self._count, self._count + 1
+    def _take(self, rows: list[Row], most: int) -> None:
+        until_s = time.monotonic() + ROWS_S
+        for item in islice(self._items, most):
+            rows.append(self._row_of(item))
+            if time.monotonic() > until_s:
+                return  # items that come slowly are not kept waiting for each other
+        if len(rows) < most:
+            self._items = iter(())  # some would begin again
+
+    def _end(self, error: Exception) -> None:
+        self._items, self._async_items, self._error = iter(()), None, error
+
+    def _send_rows(self, sent: "list[asyncio.Future[Any]]", rows: list[Row]) -> None:
+        first, self._count = self._count, self._count + len(rows)
+        for number, (row, future) in enumerate(zip(rows, self._handle._call_rows(rows), strict=True), first):
+            sent.append(future or self._send_one(number, row))
+
+    def _send_one(self, number: int, row: Row) -> "asyncio.Future[Any]":
         try:
-            sent.append(self._call(number, item))
+            return self._handle._of_item(number).call(*row)
         except _CANNOT_BE_SENT as e:
             failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             failed.set_exception(_named(e, number))
-            sent.append(failed)
+            return failed
 
     def finish(self) -> None:
         if self._error is not None:

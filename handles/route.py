@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -80,6 +80,7 @@ class Route:
     """The engine's way to one deployment: its keys, and what is to be submitted there next."""
 
     __slots__ = (
+        "_sealers",
         "buffer",
         "buffered_bytes",
         "bytes_in_the_air",
@@ -103,6 +104,14 @@ class Route:
         self.in_the_air = 0
         self.bytes_in_the_air = 0
         self.unacknowledged: set[Batch] = set()
+        self._sealers: dict[bytes, Callable[[bytes, bytes], bytes]] = {}
+
+    def sealer(self, method: bytes) -> Callable[[bytes, bytes], bytes]:
+        """Of requests that call this method: ref and pickled arguments -> envelope. Any thread."""
+        seal = self._sealers.get(method)
+        if seal is None:
+            seal = self._sealers[method] = self.codec.sealer("request", method)
+        return seal
 
 
 class Batch:

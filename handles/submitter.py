@@ -67,6 +67,23 @@ class Submitter:
         if route.buffered_bytes > MOST_BUFFERED_BYTES:
             self._refuse_last(route)
 
+    def submit_all(self, route: Route, pendings: list[Pending], requests: list[Any]) -> None:
+        """As `submit`, of many requests, flat, and those who hear of their ends. Nobody waits until they are queued."""
+        self._pending.update({pending.ref: pending for pending in pendings})
+        self.sent += len(pendings)
+        route.buffer += requests
+        route.buffered_bytes += _size_of(requests)
+        if not route.is_ready:
+            self._prepare(route)
+        elif (
+            not route.in_the_air or len(route.buffer) >= FIELDS * FLUSH_REQUESTS or route.buffered_bytes >= FLUSH_BYTES
+        ):
+            self.flush(route)
+        elif route.in_the_air < IN_THE_AIR and len(route.buffer) == len(requests):
+            self._hub.loop.call_soon(self.flush, route)
+        while route.buffered_bytes > MOST_BUFFERED_BYTES:
+            self._refuse_last(route)
+
     def submit_patiently(
         self,
         route: Route,

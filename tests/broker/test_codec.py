@@ -290,3 +290,31 @@ def test_item_cannot_be_moved_to_another_place_in_its_stream(codec: Codec) -> No
 def test_codec_of_a_deployment_is_made_once() -> None:
     assert codec_for(SECRET, "ms", "app.Model") is codec_for(SECRET, "ms", "app.Model")
     assert codec_for(SECRET, "ms", "app.Model") is not codec_for(SECRET, "ms", "app.Other")
+
+
+# made ready for many
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [b"", METHOD, b"m" * 255])
+def test_sealer_and_opener_do_what_seal_and_open_do(codec: Codec, kind: Kind, method: bytes) -> None:
+    body = pickling.dump("value", what="value")
+    envelope = codec.seal(kind, REF, body, method)
+
+    assert codec.sealer(kind, method)(REF, body) == envelope
+    assert codec.opener(kind, method)(REF, envelope) == "value"
+    assert codec.opener(kind, method)(b"short", codec.seal(kind, b"short", body, method)) == "value"
+    assert codec.opener(kind, method)(REF, codec.seal_json(kind, REF, ["value"], method)) == ["value"]
+
+
+def test_opener_opens_nothing_that_open_would_not(codec: Codec) -> None:
+    open_, envelope = codec.opener("request", METHOD), sealed(codec)
+
+    for i in range(len(envelope)):
+        with pytest.raises(SignatureError):
+            open_(REF, envelope[:i] + bytes([envelope[i] ^ 1]) + envelope[i + 1 :])
+    for ref, kind, method in ((b"q" * 22, "request", METHOD), (REF, "value", METHOD), (REF, "request", b"other")):
+        with pytest.raises(SignatureError):
+            codec.opener(kind, method)(ref, envelope)  # type: ignore[arg-type]
+    with pytest.raises(SignatureError):
+        codec.opener("request", b"m" * 256)(REF, envelope)

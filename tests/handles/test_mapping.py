@@ -152,6 +152,9 @@ async def test_as_many_as_may_be_are_under_way_while_values_are_waited_for(
         def _of_item(self, number: int) -> "Handle":
             return self
 
+        def _call_rows(self, rows: list[tuple[Any, ...]]) -> "list[asyncio.Future[int] | None]":
+            return [None] * len(rows)
+
         def call(self, item: int) -> "asyncio.Future[int]":
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             waiting.append(future)
@@ -170,6 +173,35 @@ async def test_as_many_as_may_be_are_under_way_while_values_are_waited_for(
     )
 
     assert len(await asyncio.wait_for(collect(values), 5)) == most * 5
+
+
+@pytest.mark.anyio
+async def test_slow_items_do_not_wait_for_each_other(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "ROWS_S", 0.0)
+    handle, sent = serving(Model), list[int]()
+    send = handle._call_rows
+
+    def noting(rows: list[tuple[Any, ...]]) -> list[Any]:
+        sent.append(len(rows))
+        return send(rows)
+
+    monkeypatch.setattr(handle, "_call_rows", noting)
+
+    assert await collect(handle.map(range(10))) == [2 * x for x in range(10)]
+    assert {size for size in sent if size} == {1}
+
+
+@pytest.mark.anyio
+async def test_items_that_need_care_are_sent_among_the_others(serving: Serving) -> None:
+    handle = serving(Model)
+    items = [1, handle.remote(2), 3, await handle.remote(4), 5]
+    large = [b"x" * 100_000, b"", b"x" * 100_000]
+
+    assert await collect(handle.map(items)) == [2, 8, 6, 16, 10]
+    assert await collect(handle.map(large)) == [2 * item for item in large]
+    assert await collect(handle.starmap([[1], (2,)])) == [2, 4]
+    with pytest.raises(TypeError, match="not iterable"):
+        await collect(handle.starmap([[1], 2]))  # type: ignore[list-item]
 
 
 @pytest.mark.anyio
