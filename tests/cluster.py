@@ -1,4 +1,4 @@
-"""A Redis Cluster of plain server processes on loopback ports: three primaries, and a replica of each."""
+"""A Redis Cluster of plain server processes on loopback ports: three primaries, and a replica of each if wanted."""
 
 import contextlib
 import itertools
@@ -12,6 +12,8 @@ import redis
 import redis.exceptions
 from redis.crc import key_slot
 
+from millstream.config import Settings
+from tests.cluster_clients import WholeCluster
 from tests.servers import Server, free_port
 
 NODE_TIMEOUT_MS = 1000
@@ -22,13 +24,14 @@ PATIENCE_S = 30.0
 class Cluster:
     """`stop` ends it for good. `nodes` are the three primaries that it begins with, then their replicas."""
 
-    def __init__(self, name: str, *options: str, primaries: int = 3) -> None:
+    def __init__(self, name: str, *options: str, primaries: int = 3, replicas: bool = True) -> None:
         self.name = name
         cluster = (
             "--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-config-file", "nodes",
             "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1",
         )  # fmt: skip
-        self._bus_ports = [free_port() for _ in range(2 * primaries)]  # by default 10,000 above, which may be too high
+        nodes = 2 * primaries if replicas else primaries
+        self._bus_ports = [free_port() for _ in range(nodes)]  # by default 10,000 above, which may be too high
         self.nodes = [Server(name, *cluster, "--cluster-port", str(port), *options) for port in self._bus_ports]
         self._primaries = primaries
         self._failed: set[Server] = set()
@@ -55,6 +58,12 @@ class Cluster:
     def stop(self) -> None:
         for node in self.nodes:
             node.stop()
+
+    def connect(self, client_name: str = "test") -> WholeCluster:
+        return WholeCluster(Settings(self.url), client_name)
+
+    def connect_blocking(self) -> "redis.RedisCluster":
+        return redis.RedisCluster("127.0.0.1", self._alive[0].port, protocol=2)
 
     def primary_of(self, key: str) -> Server:
         """The process that has this key now, as one that lives knows."""

@@ -1,7 +1,8 @@
 """Fixtures: servers, clients and settings, and the check after each test that nothing was left behind.
 
-`redis` and `settings` run a test once per server. Choose with `--servers valkey,redis7,redis8,fake`, or with
+`redis` and `settings` run a test once per server. Choose with `--servers valkey,redis7,redis8,fake,cluster`, or with
 MILLSTREAM_TEST_SERVERS. A test marked `fake` runs on fakeredis as well: for broker logic only, the real ones judge.
+`cluster` runs all that is not marked `single_server`; without a choice it runs what is marked `on_cluster`.
 """
 
 import math
@@ -14,14 +15,16 @@ from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from tests.leaks import find_leaks, find_lost, take_snapshot
-from tests.servers import FAKE, NAMES, AnyServer, Server, Servers
+from tests.servers import BY_DEFAULT, CLUSTER, FAKE, NAMES, AnyServer, Server
+from tests.shared_servers import SharedServers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--servers",
-        default=os.environ.get("MILLSTREAM_TEST_SERVERS", ",".join(NAMES)),
-        help=f"comma-separated, out of {', '.join(NAMES)} (default: all; those not installed are skipped, or fail in CI)",
+        default=os.environ.get("MILLSTREAM_TEST_SERVERS", ",".join(BY_DEFAULT)),
+        help=f"comma-separated, out of {', '.join(NAMES)} (default: all but the cluster; those not installed are skipped, "
+        "or fail in CI)",
     )
 
 
@@ -30,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "any_server: what it tries is not up to the server: runs on the first real one only"
     )
+    config.addinivalue_line(
+        "markers", "single_server: not for a cluster: about one server process (tests with `start_server` need no mark)"
+    )
+    config.addinivalue_line("markers", "on_cluster: runs on a cluster, too, when no servers were chosen")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -39,14 +46,23 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--servers").split(",")
-        if unknown := set(chosen) - set(NAMES):
-            raise pytest.UsageError(f"--servers: {', '.join(unknown)} unknown; choose from {', '.join(NAMES)}")
-        if metafunc.definition.get_closest_marker("fake") is None:
-            chosen = [name for name in chosen if name != FAKE]
-        if metafunc.definition.get_closest_marker("any_server") is not None:
-            chosen = [name for name in chosen if name != FAKE][:1]
-        metafunc.parametrize("server", chosen, indirect=True, scope="session")
+        metafunc.parametrize("server", _servers_of(metafunc), indirect=True, scope="session")
+
+
+def _servers_of(metafunc: pytest.Metafunc) -> list[str]:
+    """Those of the chosen servers that a test is for."""
+    chosen = metafunc.config.getoption("--servers").split(",")
+    if unknown := set(chosen) - set(NAMES):
+        raise pytest.UsageError(f"--servers: {', '.join(unknown)} unknown; choose from {', '.join(NAMES)}")
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    servers = [name for name in chosen if name != FAKE or "fake" in marks]
+    if "any_server" in marks:
+        servers = [name for name in servers if name != FAKE][:1]
+    if "on_cluster" in marks and chosen == list(BY_DEFAULT):
+        servers.append(CLUSTER)
+    if "single_server" in marks or "start_server" in metafunc.fixturenames:
+        servers = [name for name in servers if name != CLUSTER]
+    return servers
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +71,15 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def servers() -> Iterator[Servers]:
+def servers() -> Iterator[SharedServers]:
     """All servers of this session; each starts when it is first asked for."""
-    servers = Servers()
+    servers = SharedServers()
     yield servers
     servers.stop()
 
 
 @pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest, servers: Servers) -> AnyServer:
+def server(request: pytest.FixtureRequest, servers: SharedServers) -> AnyServer:
     """One server after the other, shared by all tests. `redis` and `settings` are flushed; this is not."""
     return servers.get(request.param)
 

@@ -12,10 +12,12 @@ import anyio
 import hiredis
 
 from millstream.broker import scripts
+from millstream.broker.cluster_control import ClusterControl
 from millstream.broker.connection import Control, run
 from millstream.broker.held import HeldRequest
 from millstream.broker.keys import GROUP, DeploymentKeys
 from millstream.broker.states import TERMINAL, State
+from tests.cluster_clients import WholeCluster
 
 CALLER = "caller"
 REPLICA = "r-1"
@@ -48,6 +50,16 @@ async def wait_until(
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s:g} s in vain for {what or condition}")
         await anyio.sleep(0.005)
+
+
+async def node_of(client: Control, key: str) -> Control:
+    """For what only the node of a key can be asked; without a cluster, the client itself."""
+    return await client.node_of(key) if isinstance(client, ClusterControl) else client
+
+
+async def nodes_of(client: Control) -> list[Control]:
+    """A client of each primary, for what each knows of itself only. Without a cluster, the client itself."""
+    return await client.nodes() if isinstance(client, WholeCluster) else [client]
 
 
 def new_ref() -> str:
@@ -334,7 +346,7 @@ def open_orders(client: Control, keys: DeploymentKeys, replica: str = REPLICA) -
 
 @asynccontextmanager
 async def _open(client: Control, channel: str) -> AsyncIterator[Inbox]:
-    async with client.pubsub() as subscription:
+    async with (await node_of(client, channel)).pubsub() as subscription:
         await subscription.ssubscribe(channel)
         assert await subscription.get_message(timeout=2.0)  # that it is subscribed
         yield Inbox(client, subscription, channel)

@@ -32,6 +32,8 @@ from millstream.deployment import Application, Node, compile_graph, deployment
 from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.control import Control
 from millstream.replicas.replica import Birth, Replica
+from tests.helpers import nodes_of
+from tests.servers import CLUSTER
 
 T = TypeVar("T")
 APP = "app"
@@ -43,7 +45,10 @@ _numbers = itertools.count(1)
 
 
 def keep_one_server(config: pytest.Config, items: list[pytest.Item], folder: Path) -> None:
-    """Run the tests of a folder on one of the chosen servers only: what differs between servers is tested in `broker`."""
+    """Run the tests of a folder on one of the chosen servers only: what differs between them is tested in `broker`.
+
+    A cluster is another matter: it is never dropped.
+    """
     dropped = {item for item in items if item.path.is_relative_to(folder) and not _is_kept(config, item)}
     if dropped:
         items[:] = [item for item in items if item not in dropped]
@@ -56,7 +61,7 @@ def _is_kept(config: pytest.Config, item: pytest.Item) -> bool:
         return True
     chosen = config.getoption("--servers").split(",")
     server: str = callspec.params["server"]
-    return server == next((name for name in ("valkey", "redis8", "redis7") if name in chosen), chosen[0])
+    return server in (CLUSTER, next((name for name in ("valkey", "redis8", "redis7") if name in chosen), chosen[0]))
 
 
 def to_node(target: Any, *args: Any, **options: Any) -> Node:
@@ -333,14 +338,19 @@ class Gate:
                 self.passed += 1
 
 
-async def connections(client: Client, prefix: str) -> list[int]:
-    """The ids of the server's connections whose names start so."""
-    return [int(row["id"]) for row in await client.client_list() if row["name"].startswith(prefix)]
+async def connections(client: Client, *prefixes: str) -> list[tuple[Client, str]]:
+    """The connections whose names start so: a client of the server that has it, and its id there."""
+    return [
+        (node, row["id"])
+        for node in await nodes_of(client)
+        for row in await node.client_list()
+        if row["name"].startswith(prefixes)
+    ]
 
 
 async def cut(client: Client, *prefixes: str) -> int:
     """Cut every connection whose name starts so, from the server's side; how many."""
-    found = [one for prefix in prefixes for one in await connections(client, prefix)]
-    for one in found:
-        await client.client_kill_filter(_id=str(one))
+    found = await connections(client, *prefixes)
+    for node, one in found:
+        await node.client_kill_filter(_id=one)
     return len(found)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fakeredis
 import pytest
@@ -51,9 +51,31 @@ def _if_there(path: Path) -> Path | None:
     return path if path.exists() else None
 
 
-FINDERS: dict[str, Callable[[], Path | None]] = {"valkey": find_valkey, "redis7": find_redis7, "redis8": find_redis8}
 FAKE = "fake"
+CLUSTER = "cluster"  # of Valkeys; a private server "of its kind" is a single one
+FINDERS: dict[str, Callable[[], Path | None]] = {
+    "valkey": find_valkey,
+    "redis7": find_redis7,
+    "redis8": find_redis8,
+    CLUSTER: find_valkey,
+}
 NAMES = (FAKE, *FINDERS)
+BY_DEFAULT = tuple(name for name in NAMES if name != CLUSTER)
+
+
+class AnyServer(Protocol):
+    """What the tests run on: a process, a cluster of them, or fakeredis."""
+
+    name: str
+
+    @property
+    def url(self) -> str: ...
+
+    def connect(self, client_name: str = "test") -> Control: ...
+
+    def connect_blocking(self) -> Any: ...
+
+    def stop(self) -> None: ...
 
 
 class Server:
@@ -169,25 +191,6 @@ class _FakeControl(fakeredis.FakeAsyncRedis):
         # fakeredis hands the shebang line to Lua, which takes it for a syntax error. Its flags (allow-oom, no-writes)
         # have no meaning there. The SHA-1 then differs, so each call goes through EVALSHA, NOSCRIPT and EVAL.
         return super().eval(script.partition("\n")[2], numkeys, *keys_and_args)
-
-
-AnyServer = Server | FakeServer
-
-
-class Servers:
-    """The shared servers of one test session, each started when the first test asks for it."""
-
-    def __init__(self) -> None:
-        self._started: dict[str, AnyServer] = {}
-
-    def get(self, name: str) -> AnyServer:
-        if name not in self._started:
-            self._started[name] = FakeServer() if name == FAKE else Server(name).start()
-        return self._started[name]
-
-    def stop(self) -> None:
-        for server in self._started.values():
-            server.stop()
 
 
 def _binary(name: str) -> Path:

@@ -10,8 +10,9 @@ import anyio
 import anyio.lowlevel
 
 from millstream.broker import scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.keys import GROUP, DeploymentKeys
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link
 from millstream.config import Settings
 from tests.helpers import REPLICA, attempts_of, request
 
@@ -91,8 +92,9 @@ PARTS = {
 
 
 async def main(part: str, url: str) -> None:
-    link = await dial(Settings(url), "actor")
-    await PARTS[part](link, DeploymentKeys("ms", "app.Model"))
+    keys = DeploymentKeys("ms", "app.Model")
+    link = await dial_everywhere(Settings(url), "actor", near=keys.prefix)
+    await PARTS[part](link, keys)
 
 
 if __name__ == "__main__":

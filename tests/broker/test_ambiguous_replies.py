@@ -29,7 +29,7 @@ from tests.leaks import NO_TTL, find_lost, take_snapshot
 from tests.proxy import Limits, Proxy
 from tests.servers import Server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.any_server]
+pytestmark = [pytest.mark.anyio, pytest.mark.any_server, pytest.mark.single_server]  # behind a proxy
 
 EVERY_BYTE = os.environ.get("MILLSTREAM_CUT_POINTS") == "all"
 SOME = 6  # where a cut costs more

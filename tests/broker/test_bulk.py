@@ -15,6 +15,7 @@ from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from millstream.errors import BackPressureError, BrokerUnavailableError
 from tests.helpers import wait_until
+from tests.replica_helpers import connections, cut
 from tests.servers import free_port
 
 pytestmark = pytest.mark.anyio
@@ -42,10 +43,6 @@ def random_bytes(size: int) -> bytes:
 async def read(bulk: Bulk, key: str, size: int) -> bytes | None:
     value = await bulk.read(key, size)
     return None if value is None else bytes(value)
-
-
-async def connections(redis: Control) -> list[str]:
-    return [row["id"] for row in await redis.client_list() if row["name"] == PREFIX]
 
 
 async def unfinished(redis: Control, keys: DeploymentKeys) -> list[bytes]:
@@ -180,7 +177,7 @@ async def test_connection_is_used_again(redis: Control, bulk: Bulk, keys: Deploy
         await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
         await bulk.read(key, 100_000)
 
-    assert len(await connections(redis)) == 1
+    assert len(await connections(redis, PREFIX)) == 1
 
 
 async def test_several_values_travel_at_once_over_a_few_connections(
@@ -192,15 +189,14 @@ async def test_several_values_travel_at_once_over_a_few_connections(
     found = await asyncio.gather(*[read(bulk, key, len(value)) for key, value in values.items()])
 
     assert found == list(values.values())
-    assert 1 <= len(await connections(redis)) <= MOST_CONNECTIONS
+    assert 1 <= len(await connections(redis, PREFIX)) <= MOST_CONNECTIONS
 
 
 async def test_connection_that_was_lost_while_idle_is_replaced(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str
 ) -> None:
     await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
-    for one in await connections(redis):
-        await redis.client_kill_filter(_id=one)
+    await cut(redis, PREFIX)
 
     assert await read(bulk, key, 100_000) == bytes(100_000)
 
@@ -239,8 +235,7 @@ async def cut_at(redis: Control, monkeypatch: pytest.MonkeyPatch, method: str, *
         count += 1
         if left and count == left[0]:
             left.pop(0)
-            for one in await connections(redis):
-                await redis.client_kill_filter(_id=one)
+            await cut(redis, PREFIX)
         return await original(self, *arguments)
 
     monkeypatch.setattr(bulk_module._Wire, method, counted)
@@ -268,7 +263,7 @@ async def test_write_that_is_cancelled_leaves_nothing_under_the_key(
     line = bulk_module._Wire.line
 
     async def stop_halfway(self: Any) -> bytes:
-        if await redis.exists(*await unfinished(redis, keys), "none"):
+        if await unfinished(redis, keys):
             halfway.set()
             await asyncio.sleep(60)
         return await line(self)
@@ -282,7 +277,7 @@ async def test_write_that_is_cancelled_leaves_nothing_under_the_key(
     monkeypatch.undo()
 
     async def is_hung_up() -> bool:
-        return not await connections(redis)
+        return not await connections(redis, PREFIX)
 
     await wait_until(is_hung_up)
     assert not await redis.exists(key)
@@ -349,7 +344,7 @@ async def test_after_close_there_is_an_error_and_no_new_connection(
         await bulk.read(key, 100_000)
 
     async def is_hung_up() -> bool:
-        return not await connections(redis)
+        return not await connections(redis, PREFIX)
 
     await wait_until(is_hung_up)
 

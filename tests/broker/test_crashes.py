@@ -40,6 +40,7 @@ from tests.helpers import (
     emit,
     finish,
     new_ref,
+    node_of,
     read_everything,
     read_state,
     read_states,
@@ -227,7 +228,7 @@ async def test_frozen_replica_takes_nothing_once_its_connection_is_cut(
         (ghostly,) = await seed_queued(redis, keys)
         taken = await read_state(redis, keys, ghostly)  # by a process that will never run it
 
-        await redis.client_kill_filter(_id=client_id)
+        await (await node_of(redis, keys.prefix)).client_kill_filter(_id=client_id)
         requeued = await release_all(redis, keys)
         (later,) = await seed_queued(redis, keys)
 

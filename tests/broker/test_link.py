@@ -10,20 +10,22 @@ import pytest
 import redis.exceptions
 
 from millstream.broker import link as link_module
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import Link, Messages, dial, explain
 from millstream.config import Settings
 from millstream.errors import BackPressureError, BrokerUnavailableError, RefNotFoundError
-from tests.helpers import deploy_config, finish, seed_running, wait_until
+from tests.helpers import deploy_config, finish, node_of, seed_running, wait_until
 from tests.servers import Server, free_port
 
 pytestmark = pytest.mark.anyio
+HOME = "{ms:here}:"  # in a cluster, its node takes the commands without a key
 
 
 @pytest.fixture
 async def link(settings: Settings) -> AsyncIterator[Link]:
-    link = await dial(settings, "test-link")
+    link = await dial_everywhere(settings, "test-link", near=HOME)
     yield link
     link.close()
     await link.lost
@@ -35,7 +37,7 @@ def collect(link: Link, *command: Any, into: list[Any]) -> None:
 
 async def kill(redis: Control, link: Link) -> None:
     """Cut the connection from the server's side."""
-    await redis.client_kill_filter(_id=str(link.client_id))
+    await (await node_of(redis, HOME)).client_kill_filter(_id=str(link.client_id))
     await link.lost
 
 
@@ -72,9 +74,9 @@ async def test_ask_raises_what_the_server_refuses(link: Link) -> None:
 async def test_large_and_binary_values_pass_unchanged(link: Link) -> None:
     value = bytes(range(256)) * 20_000
 
-    await link.ask("SET", "large", value, "EX", 10)
+    await link.ask("SET", HOME + "large", value, "EX", 10)
 
-    assert await link.ask("GET", "large") == value
+    assert await link.ask("GET", HOME + "large") == value
 
 
 async def test_reply_to_a_cancelled_question_is_dropped(link: Link) -> None:
@@ -88,7 +90,7 @@ async def test_messages_come_between_replies_and_disturb_none(
     settings: Settings, redis: Control, keys: DeploymentKeys
 ) -> None:
     messages: list[bytes] = []
-    link = await dial(settings, "test-link", messages.append)
+    link = await dial_everywhere(settings, "test-link", messages.append)
     await deploy_config(redis, keys)
     attempts = await seed_running(redis, keys, 20)
     await link.ask("SSUBSCRIBE", keys.reply("caller"))
@@ -109,7 +111,7 @@ async def test_messages_come_between_replies_and_disturb_none(
 
 async def test_command_in_flight_hears_that_the_connection_was_lost(link: Link, redis: Control) -> None:
     replies: list[Any] = []
-    collect(link, "BLPOP", "nothing", 0, into=replies)
+    collect(link, "BLPOP", HOME + "nothing", 0, into=replies)
     collect(link, "PING", into=replies)
 
     await kill(redis, link)
@@ -119,7 +121,7 @@ async def test_command_in_flight_hears_that_the_connection_was_lost(link: Link, 
 
 
 async def test_question_in_flight_raises_that_the_connection_was_lost(link: Link, redis: Control) -> None:
-    question = link.ask("BLPOP", "nothing", 0)
+    question = link.ask("BLPOP", HOME + "nothing", 0)
 
     await kill(redis, link)
 
@@ -140,7 +142,7 @@ async def test_command_on_a_lost_link_is_answered_at_once(link: Link, redis: Con
 
 async def test_closing_answers_what_is_pending_and_twice_is_as_once(link: Link) -> None:
     replies: list[Any] = []
-    collect(link, "BLPOP", "nothing", 0, into=replies)
+    collect(link, "BLPOP", HOME + "nothing", 0, into=replies)
 
     link.close()
     link.close()
@@ -149,10 +151,11 @@ async def test_closing_answers_what_is_pending_and_twice_is_as_once(link: Link) 
     assert [type(reply) for reply in replies] == [BrokerUnavailableError]
 
 
+@pytest.mark.single_server
 async def test_link_notices_the_death_of_its_server(server: Server) -> None:
     private = Server(server.name).start()
     link = await dial(Settings(private.url), "test-link")
-    question = link.ask("BLPOP", "nothing", 0)
+    question = link.ask("BLPOP", HOME + "nothing", 0)
 
     private.kill()
 
@@ -165,13 +168,14 @@ async def test_link_notices_the_death_of_its_server(server: Server) -> None:
 
 
 async def test_connection_bears_its_name_and_knows_its_id(link: Link, redis: Control) -> None:
-    clients: Any = await redis.client_list()
+    clients: Any = await (await node_of(redis, HOME)).client_list()
 
     named = [client for client in clients if int(client["id"]) == link.client_id]
 
     assert [client["name"] for client in named] == ["test-link"]
 
 
+@pytest.mark.single_server
 async def test_unix_socket_and_database_number_are_understood(server: Server) -> None:
     link = await dial(Settings(server.unix_url + "?db=3"), "test")
 
@@ -220,7 +224,7 @@ async def test_wrong_credentials_are_reported_without_the_password(
     await redis.acl_setuser("guest", enabled=True, passwords="+hunter2", keys="*", categories=["+@all"])
 
     with pytest.raises(BrokerUnavailableError, match="is the password right") as caught:
-        await dial(Settings(f"redis://{credentials}127.0.0.1:{server.port}"), "test")
+        await dial_everywhere(Settings(server.url.replace("://", f"://{credentials}")), "test")
 
     assert credentials.split(":")[1].rstrip("@") not in str(caught.value)
     await redis.acl_deluser("guest")
@@ -229,7 +233,7 @@ async def test_wrong_credentials_are_reported_without_the_password(
 async def test_right_credentials_are_used(server: Server, redis: Control) -> None:
     await redis.acl_setuser("guest", enabled=True, passwords="+hun/ter2", keys="*", categories=["+@all"])
 
-    link = await dial(Settings(f"redis://guest:hun%2Fter2@127.0.0.1:{server.port}"), "test")
+    link = await dial_everywhere(Settings(server.url.replace("://", "://guest:hun%2Fter2@")), "test")
 
     assert await link.ask("ACL", "WHOAMI") == b"guest"
     link.close()

@@ -11,9 +11,10 @@ from redis.exceptions import ResponseError
 
 from millstream.broker import control_scripts, scripts
 from millstream.broker.call import Call, script
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link
 from millstream.broker.scripts import Finished, Submitted
 from millstream.broker.states import State
 from millstream.config import Settings
@@ -91,14 +92,14 @@ async def runner(request: pytest.FixtureRequest, settings: Settings, redis: Cont
     if request.param == "redis-py":
         yield lambda call: run(redis, call)
         return
-    link = await dial(settings, "test")
+    link = await dial_everywhere(settings, "test")
     yield link.run
     link.close()
 
 
 @pytest.fixture
 async def link(settings: Settings) -> AsyncIterator[Link]:
-    link = await dial(settings, "test")
+    link = await dial_everywhere(settings, "test")
     yield link
     link.close()
 
@@ -154,7 +155,7 @@ async def test_calls_do_not_overtake_each_other_on_a_server_that_did_not_know_th
 ) -> None:
     await deploy_config(redis, keys)
     first, second = new_ref(), new_ref()
-    link = await dial(settings, "test")
+    link = await dial_everywhere(settings, "test")
     await redis.script_flush()
 
     call = scripts.submit(keys, CALLER, request(first))

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from millstream.broker import control_scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control, run
 from millstream.broker.control_scripts import Swept, renew
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import dial
 from millstream.broker.records import ReplicaRecord
 from millstream.broker.signed import Signer
 from millstream.broker.states import State
@@ -261,7 +261,7 @@ async def test_burial_cuts_the_connections_of_the_dead_first(
     redis: Control, settings: Settings, keys: DeploymentKeys
 ) -> None:
     await deploy_config(redis, keys)
-    ghost = await dial(settings, "ghost")
+    ghost = await dial_everywhere(settings, "ghost", near=keys.prefix)
     read = ghost.ask("XREADGROUP", "GROUP", "replicas", REPLICA, "BLOCK", 0, "STREAMS", keys.lane("normal"), ">")
     await register(redis, settings, keys, ghost.client_id, 999_999_999)
     supplier = Supplier(settings, lambda call: run(redis, call))

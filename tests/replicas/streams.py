@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from millstream.broker import scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.codec import Codec, codec_for
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link
 from millstream.config import Settings
 from millstream.replicas.large import LargeValues
 from millstream.replicas.producing import Producer
@@ -43,7 +44,7 @@ class Bench:
         await self.connect()
 
     async def connect(self) -> None:
-        link = await dial(self.settings, "test-writes")
+        link = await dial_everywhere(self.settings, "test-writes")
         self.links.append(link)
         self.emitters.resume(link)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from millstream.broker import scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link
 from millstream.broker.supplying import Supplier
 from millstream.config import Settings
 from millstream.replicas import finisher as finisher_module
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 async def link(settings: Settings, redis: Control, keys: DeploymentKeys) -> AsyncIterator[Link]:
     await deploy_config(redis, keys)
-    link = await dial(settings, "test-writes")
+    link = await dial_everywhere(settings, "test-writes")
     yield link
     link.close()
     await link.lost
@@ -129,7 +130,7 @@ async def test_outcome_waits_for_a_connection(
     assert not finisher.is_idle
     assert finisher.holds("normal", one.entry) and not finisher.holds("high", one.entry)
 
-    again = await dial(settings, "again")
+    again = await dial_everywhere(settings, "again")
     finisher.resume(again)
     await wait_until(lambda: finisher.is_idle)
     assert not finisher.holds("normal", one.entry)

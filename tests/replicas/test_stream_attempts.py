@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from millstream.broker import scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import run
-from millstream.broker.link import dial
 from millstream.errors import MillstreamError
 from tests.helpers import claim, open_inbox, wait_until
 from tests.replicas.streams import LARGE, Bench, counting
@@ -170,7 +170,7 @@ async def test_value_that_was_never_announced_is_deleted_when_the_stream_is_clos
     producing = bench.start_producing(large_and_small)
     await asyncio.wait([producing])
     assert await bench.values() == [bench.part(0), bench.part(2)]
-    bench.emitters.link = await dial(bench.settings, "test-writes")
+    bench.emitters.link = await dial_everywhere(bench.settings, "test-writes")
     bench.links.append(bench.emitters.link)
 
     bench.emitter.close()

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from millstream.broker import control_scripts, scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys, Keys
-from millstream.broker.link import dial
 from millstream.broker.records import NewDeployment, ReplicaRecord
 from millstream.broker.registry import Registry
 from millstream.broker.scripts import Ended, Supplied
@@ -59,7 +59,7 @@ async def test_submit_is_refused_and_says_so(
     await deploy_config(redis, keys)
     ref = new_ref()
     call = scripts.submit(keys, CALLER, request(ref))
-    link = await dial(settings, "test")
+    link = await dial_everywhere(settings, "test")
     await fill()
 
     with pytest.raises(BackPressureError, match="raise its maxmemory"):
@@ -244,7 +244,7 @@ async def test_stream_goes_on_to_its_end(redis: Control, keys: DeploymentKeys, f
 async def test_large_arguments_are_refused_where_they_are_written(
     redis: Control, settings: Settings, keys: DeploymentKeys, fill: Fill
 ) -> None:
-    link = await dial(settings, "test")
+    link = await dial_everywhere(settings, "test")
     await fill()
 
     with pytest.raises(BackPressureError, match="raise its maxmemory"):

@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from millstream.broker import control_scripts, scripts
+from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
-from millstream.broker.link import Link, dial
+from millstream.broker.link import Link
 from millstream.broker.scripts import Submitted, Supplied
 from millstream.broker.states import State
 from millstream.config import Settings
@@ -179,7 +180,7 @@ async def test_lane_that_lost_its_group_counts_as_a_whole(redis: Control, keys: 
 
 @pytest.fixture
 async def links(settings: Settings) -> AsyncIterator[list[Link]]:
-    links = [await dial(settings, f"caller-{number}") for number in range(4)]
+    links = [await dial_everywhere(settings, f"caller-{number}") for number in range(4)]
     yield links
     for link in links:
         link.close()
