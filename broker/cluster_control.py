@@ -6,7 +6,7 @@ about a connection of a certain node; and it asks every node for its list of com
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import redis.asyncio
@@ -45,7 +45,7 @@ class ClusterControl(redis.asyncio.Redis):
             except (*LOST, BrokerUnavailableError) as e:
                 self._slots = None
                 if wait_s is None:
-                    raise redis.exceptions.ConnectionError(f"the cluster cannot take commands now ({e})") from e
+                    raise cannot_take(e) from e
             await asyncio.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
@@ -54,12 +54,31 @@ class ClusterControl(redis.asyncio.Redis):
         if self._slots is None:
             self._slots = await discover(self._settings)
         url = self._slots.url_of(key) if key else random.choice(self._slots.urls)
+        return self._node_at(url)
+
+    async def nodes(self) -> list[redis.asyncio.Redis]:
+        """A client of each primary, for what each knows of itself only."""
+        if self._slots is None:
+            self._slots = await discover(self._settings)
+        return [self._node_at(url) for url in self._slots.urls]
+
+    def _node_at(self, url: str) -> redis.asyncio.Redis:
         if url not in self._nodes:
             self._nodes[url] = self._open_node(url)
         return self._nodes[url]
 
+    async def scan_iter(self, *args: Any, **options: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        """The keys of one node after the other. A node that cannot be asked is a ConnectionError."""
+        try:
+            for node in await self.nodes():
+                async for key in node.scan_iter(*args, **options):
+                    yield key
+        except (*LOST, BrokerUnavailableError) as e:
+            self._slots = None
+            raise cannot_take(e) from e
+
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "ClusterPipeline":
-        """All keys of a pipeline must share a slot."""
+        """All keys of a transaction must share a slot."""
         return ClusterPipeline(self, transaction)
 
     def pubsub(self, **options: Any) -> PubSub:
@@ -106,7 +125,7 @@ class ClusterControl(redis.asyncio.Redis):
 
 
 class ClusterPipeline(Pipeline):
-    """Commands that go to one node together."""
+    """Commands that go out together: those of a transaction to one node, others each to the node of its key."""
 
     def __init__(self, control: ClusterControl, transaction: bool) -> None:
         super().__init__(control.connection_pool, control.response_callbacks, transaction, None)
@@ -114,10 +133,38 @@ class ClusterPipeline(Pipeline):
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         try:
-            node = await self._control.node_of(self._control.key_of(self.command_stack))
-            self.connection_pool = node.connection_pool
+            parts = await self._parts()
+            if len(parts) > 1:
+                return await self._execute_apart(parts, raise_on_error)
+            for node in parts:
+                self.connection_pool = node.connection_pool
             replies: list[Any] = await super().execute(raise_on_error)
         except (*LOST, BrokerUnavailableError) as e:
             self._control.forget_map()
-            raise redis.exceptions.ConnectionError(f"the cluster cannot take commands now ({e})") from e
+            raise cannot_take(e) from e
         return replies
+
+    async def _parts(self) -> dict[redis.asyncio.Redis, list[int]]:
+        """Whom to ask -> the numbers of the commands for it."""
+        stack: list[Any] = self.command_stack
+        if self.is_transaction:
+            return {await self._control.node_of(self._control.key_of(stack)): list(range(len(stack)))}
+        parts: dict[redis.asyncio.Redis, list[int]] = {}
+        for number, command in enumerate(stack):
+            parts.setdefault(await self._control.node_of(self._control.key_of([command])), []).append(number)
+        return parts
+
+    async def _execute_apart(self, parts: dict[redis.asyncio.Redis, list[int]], raise_on_error: bool) -> list[Any]:
+        stack: list[Any] = self.command_stack
+        replies: list[Any] = [None] * len(stack)
+        for node, numbers in parts.items():
+            async with node.pipeline(transaction=False) as part:
+                part.command_stack = [stack[number] for number in numbers]
+                for number, reply in zip(numbers, await part.execute(raise_on_error), strict=True):
+                    replies[number] = reply
+        await self.reset()  # type: ignore[no-untyped-call]
+        return replies
+
+
+def cannot_take(error: Exception) -> redis.exceptions.ConnectionError:
+    return redis.exceptions.ConnectionError(f"the cluster cannot take commands now ({error})")

@@ -17,7 +17,6 @@ from millstream.broker.connection import Control, run
 from millstream.broker.held import HeldRequest
 from millstream.broker.keys import GROUP, DeploymentKeys
 from millstream.broker.states import TERMINAL, State
-from tests.cluster_clients import WholeCluster
 
 CALLER = "caller"
 REPLICA = "r-1"
@@ -59,7 +58,7 @@ async def node_of(client: Control, key: str) -> Control:
 
 async def nodes_of(client: Control) -> list[Control]:
     """A client of each primary, for what each knows of itself only. Without a cluster, the client itself."""
-    return await client.nodes() if isinstance(client, WholeCluster) else [client]
+    return await client.nodes() if isinstance(client, ClusterControl) else [client]
 
 
 def new_ref() -> str:

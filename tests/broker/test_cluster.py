@@ -15,6 +15,7 @@ from millstream.broker.bulk import Bulk
 from millstream.broker.cluster import ClusterLink, SlotMap, dial, dial_everywhere, read_map, seeds
 from millstream.broker.connection import DOWN, Control, open_control, ping, run
 from millstream.broker.keys import LANES, DeploymentKeys
+from millstream.broker.leaks import find_leaks
 from millstream.broker.link import Link
 from millstream.broker.registry import Registry
 from millstream.broker.scripts import Ended, Submitted
@@ -111,6 +112,7 @@ def test_map_says_which_node_has_a_key_and_which_slot_nobody_has() -> None:
         SlotMap(()).url_of("b")
 
 
+@pytest.mark.single_server
 async def test_server_that_is_no_cluster_is_one_clear_error(server: Server) -> None:
     settings = Settings(f"redis+cluster://127.0.0.1:{server.port}")
 
@@ -247,6 +249,17 @@ async def test_registry_reads_and_writes_what_is_all_over_the_cluster(control: C
     assert await registry.apps() == {}
     assert await registry.nodes() == {}
     assert await registry.now_ms() > 0
+
+
+async def test_all_nodes_are_looked_through_for_keys_without_owner(control: Control, settings: Settings) -> None:
+    lost = sorted(f"{DeploymentKeys('ms', tag).prefix}lost" for tag in tags(12))
+    for key in lost:
+        await control.set(key, "of nobody")
+
+    leaks = await find_leaks(Registry(control, settings))
+
+    assert sorted(leaks.keys) == lost
+    assert leaks.looked_at == 12
 
 
 # when slots move

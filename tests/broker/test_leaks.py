@@ -8,7 +8,17 @@ from millstream.broker.leaks import Leaks, find_leaks
 from millstream.broker.registry import Registry
 from millstream.broker.scripts import submit
 from millstream.config import Settings
-from tests.helpers import asking, deploy_config, finish, request, seed_delayed, seed_parked, seed_queued, seed_running
+from tests.helpers import (
+    asking,
+    deploy_config,
+    finish,
+    node_of,
+    request,
+    seed_delayed,
+    seed_parked,
+    seed_queued,
+    seed_running,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.fake]
 
@@ -33,12 +43,13 @@ async def test_everything_in_use_has_an_owner(redis: Control, keys: DeploymentKe
     await finish(redis, keys, one)
     await redis.hset(Keys("ms").nodes, "n-1", "{}")
     await redis.hset(Keys("ms").node_plan("n-1"), "app.Model", "{}")
-    await redis.set("somebody:elses", "key")
+    await (await node_of(redis, "somebody:elses")).set("somebody:elses", "key", ex=60)
 
     leaks = await find_leaks(registry)
 
     assert leaks.keys == [] and leaks.is_complete and leaks.looked_at > 10
-    await redis.delete(Keys("ms").nodes, Keys("ms").node_plan("n-1"), "somebody:elses")
+    for key in (Keys("ms").nodes, Keys("ms").node_plan("n-1")):
+        await redis.delete(key)
 
 
 @pytest.mark.parametrize(

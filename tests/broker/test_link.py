@@ -90,7 +90,7 @@ async def test_messages_come_between_replies_and_disturb_none(
     settings: Settings, redis: Control, keys: DeploymentKeys
 ) -> None:
     messages: list[bytes] = []
-    link = await dial_everywhere(settings, "test-link", messages.append)
+    link = await dial_everywhere(settings, "test-link", messages.append, near=keys.prefix)
     await deploy_config(redis, keys)
     attempts = await seed_running(redis, keys, 20)
     await link.ask("SSUBSCRIBE", keys.reply("caller"))

@@ -19,7 +19,7 @@ from tests.proxy import Limits, Proxy
 from tests.replica_helpers import Serving
 from tests.servers import Server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("impatient")]
+pytestmark = [pytest.mark.anyio, pytest.mark.single_server, pytest.mark.usefixtures("impatient")]
 
 SEEDS = pytest.mark.parametrize("seed", range(2))
 LIVES_BYTES = 2_000, 12_000  # of a connection, in one direction: the first call of a script takes some 4,000

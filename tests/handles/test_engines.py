@@ -39,7 +39,7 @@ async def call(handle: DeploymentHandle, x: Any) -> Any:
     return await handle.call(x)
 
 
-async def ours(redis: Control) -> list[int]:
+async def ours(redis: Control) -> list[tuple[Control, str]]:
     """The connections of this process's engines."""
     return await connections(redis, "ms:client:") + await connections(redis, "ms:replies:")
 
