@@ -7,6 +7,7 @@ Reconnecting is the owner's business: a link that is lost stays lost.
 import asyncio
 import functools
 import logging
+import os
 import re
 import socket
 import ssl
@@ -204,8 +205,22 @@ def _context(address: dict[str, Any]) -> ssl.SSLContext | None:
     if not issubclass(address.get("connection_class", object), SSLConnection):
         return None
     options = {name: value for name, value in address.items() if name.startswith("ssl_")}
-    context: ssl.SSLContext = SSLConnection(**options).ssl_context.get()
+    return _context_of(tuple(options.items()), tuple(map(_changed_at, options.values())))
+
+
+# To read the system's authorities takes 40 to 80 ms, in which the loop stands still; a link into a cluster is several.
+@functools.lru_cache(maxsize=8)
+def _context_of(options: tuple[tuple[str, Any], ...], changed: tuple[float, ...]) -> ssl.SSLContext:
+    """Made anew when a file that the options name has changed: certificates end, and are replaced while we run."""
+    context: ssl.SSLContext = SSLConnection(**dict(options)).ssl_context.get()
     return context
+
+
+def _changed_at(option: Any) -> float:
+    try:
+        return os.stat(option).st_mtime if isinstance(option, str) else 0.0
+    except OSError:
+        return 0.0
 
 
 _BYTES = {bytes}

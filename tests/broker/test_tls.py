@@ -75,6 +75,20 @@ async def test_large_value_goes_there_and_back(tls: TlsServer) -> None:
     bulk.close()
 
 
+async def test_certificate_that_is_replaced_counts_from_the_next_connection_on(tmp_path: Path) -> None:
+    strict = start_tls_server(tmp_path, "--tls-auth-clients", "yes")
+    pair, stranger = strict.authority.sign("client"), Authority(tmp_path, "other").sign("client")
+    settings = Settings(strict.url(f"ssl_certfile={pair.certificate}&ssl_keyfile={pair.key}&"))
+    (await dial(settings, "test")).close()
+
+    for old, new in ((pair.certificate, stranger.certificate), (pair.key, stranger.key)):
+        new.replace(old)
+
+    with pytest.raises(BrokerUnavailableError, match="cannot reach the server"):
+        await dial(settings, "test")
+    strict.server.stop()
+
+
 @REFUSALS
 async def test_unknown_authority_is_one_clear_error(
     tls: TlsServer, tmp_path: Path, no_hang: None, refusal: Refusal
