@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,14 @@ PATIENCE_S = 30.0
 
 
 class Cluster:
-    """`stop` ends it for good. `nodes` are the three primaries that it begins with, then their replicas."""
+    """`stop` ends it for good. `nodes` are the three primaries that it begins with, then their replicas.
 
-    def __init__(self, name: str, *options: str, primaries: int = 3, replicas: bool = True) -> None:
+    With `tls`, options for it, each node has a port that speaks it, too, and they speak it with each other.
+    """
+
+    def __init__(
+        self, name: str, *options: str, primaries: int = 3, replicas: bool = True, tls: Sequence[str] = ()
+    ) -> None:
         self.name = name
         cluster = (
             "--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-config-file", "nodes",
@@ -32,7 +37,10 @@ class Cluster:
         )  # fmt: skip
         nodes = 2 * primaries if replicas else primaries
         self._bus_ports = [free_port() for _ in range(nodes)]  # by default 10,000 above, which may be too high
+        self.tls_ports = [free_port() for _ in range(nodes)] if tls else []
         self.nodes = [Server(name, *cluster, "--cluster-port", str(port), *options) for port in self._bus_ports]
+        for node, port in zip(self.nodes, self.tls_ports, strict=False):
+            node.options += ("--tls-port", str(port), "--tls-cluster", "yes", *tls)
         self._primaries = primaries
         self._failed: set[Server] = set()
 
@@ -40,11 +48,16 @@ class Cluster:
     def url(self) -> str:
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[: self._primaries])
 
+    @property
+    def tls_url(self) -> str:
+        return "rediss+cluster://" + ",".join(f"127.0.0.1:{port}" for port in self.tls_ports[: self._primaries])
+
     def start(self) -> "Cluster":
         for node in self.nodes:
             node.start()
-        for node, bus_port in zip(self.nodes[1:], self._bus_ports[1:], strict=True):
-            self._ask(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port, bus_port)
+        ports = self.tls_ports or [node.port for node in self.nodes]
+        for port, bus_port in zip(ports[1:], self._bus_ports[1:], strict=True):
+            self._ask(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", port, bus_port)
         share = -(-SLOTS // self._primaries)
         for number, node in enumerate(self.nodes[: self._primaries]):
             self._ask(node, "CLUSTER", "ADDSLOTSRANGE", number * share, min(SLOTS, (number + 1) * share) - 1)

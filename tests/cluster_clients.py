@@ -18,7 +18,7 @@ class WholeCluster(ClusterControl):
 
     def __init__(self, settings: Settings, name: str) -> None:
         super().__init__(settings, lambda url: redis.asyncio.Redis.from_url(url, protocol=2, client_name=name))
-        self._prefixes += ("other:", "{other:")  # the namespace of tests with two
+        self._prefixes: tuple[str, ...] = (*self._prefixes, "other:", "{other:")  # the namespace of tests with two
 
     async def execute_command(self, *args: Any, near: str = "", **options: Any) -> Any:
         names = {str(args[0]).upper(), " ".join(map(str, args[:2])).upper()}

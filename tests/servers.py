@@ -87,7 +87,7 @@ class Server:
         # Not under pytest's temporary folder: a socket path must be shorter than 108 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="ms-"))
         self.port = free_port()
-        self._options = options
+        self.options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -111,7 +111,7 @@ class Server:
         """Start the process and wait until it takes commands. Raises RuntimeError with its log if it does not."""
         command = [
             str(self.binary), "--bind", "127.0.0.1", "--port", str(self.port), "--unixsocket", f"{self.folder}/socket",
-            "--dir", str(self.folder), "--save", "", "--appendonly", "no", "--daemonize", "no", *self._options,
+            "--dir", str(self.folder), "--save", "", "--appendonly", "no", "--daemonize", "no", *self.options,
         ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

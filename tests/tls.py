@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.certificates import Authority
+from tests.cluster import Cluster
 from tests.servers import Server, free_port
 
 BUILT_WITH_TLS = "redis7"
@@ -24,9 +25,20 @@ class TlsServer:
 
 def start_tls_server(folder: Path, *options: str) -> TlsServer:
     authority, port = Authority(folder, "authority"), free_port()
+    tls = ("--tls-port", str(port), *_options(authority))
+    return TlsServer(Server(BUILT_WITH_TLS, *tls, *options).start(), authority, port)
+
+
+def start_tls_cluster(folder: Path) -> tuple[Cluster, str]:
+    """Three primaries, and the URL to reach them by TLS."""
+    authority = Authority(folder, "authority")
+    cluster = Cluster(BUILT_WITH_TLS, replicas=False, tls=_options(authority))
+    return cluster, f"{cluster.start().tls_url}?ssl_ca_certs={authority.certificate}"
+
+
+def _options(authority: Authority) -> tuple[str, ...]:
     pair = authority.sign("server")
-    tls = (
-        "--tls-port", str(port), "--tls-cert-file", str(pair.certificate), "--tls-key-file", str(pair.key),
+    return (
+        "--tls-cert-file", str(pair.certificate), "--tls-key-file", str(pair.key),
         "--tls-ca-cert-file", str(authority.certificate), "--tls-auth-clients", "no",
     )  # fmt: skip
-    return TlsServer(Server(BUILT_WITH_TLS, *tls, *options).start(), authority, port)
