@@ -11,6 +11,7 @@ ASKED_OF_ALL = {
     "ACL DELUSER", "ACL SETUSER", "CLIENT KILL", "CLIENT LIST", "CONFIG RESETSTAT", "CONFIG SET", "DBSIZE", "FLUSHALL",
     "INFO", "KEYS", "SCRIPT EXISTS", "SCRIPT FLUSH",
 }  # fmt: skip
+PREFIXES = ("ms:", "{ms:", "other:", "{other:")  # of keys, in tests with two namespaces, too
 
 
 class WholeCluster(ClusterControl):
@@ -18,7 +19,6 @@ class WholeCluster(ClusterControl):
 
     def __init__(self, settings: Settings, name: str) -> None:
         super().__init__(settings, lambda url: redis.asyncio.Redis.from_url(url, protocol=2, client_name=name))
-        self._prefixes: tuple[str, ...] = (*self._prefixes, "other:", "{other:")  # the namespace of tests with two
 
     async def execute_command(self, *args: Any, near: str = "", **options: Any) -> Any:
         names = {str(args[0]).upper(), " ".join(map(str, args[:2])).upper()}
@@ -28,7 +28,8 @@ class WholeCluster(ClusterControl):
         return sum_of([await node.execute_command(*args, **options) for node in nodes])
 
     def _key_in(self, args: tuple[Any, ...]) -> str:
-        return super()._key_in(tuple(part.decode("latin-1") if isinstance(part, bytes) else part for part in args))
+        texts = [part.decode("latin-1") if isinstance(part, bytes) else part for part in args]
+        return next((text for text in texts[1:] if isinstance(text, str) and text.startswith(PREFIXES)), "")
 
 
 def sum_of(answers: list[Any]) -> Any:

@@ -19,11 +19,13 @@ from typing import Any, TypeVar
 import pytest
 
 from millstream.broker import pickling, scripts
+from millstream.broker.cluster import ClusterLink
 from millstream.broker.codec import codec_for
 from millstream.broker.connection import Control as Client
 from millstream.broker.connection import open_control, run
 from millstream.broker.definitions import Definition
 from millstream.broker.keys import Keys, deployment_tag
+from millstream.broker.link import Link
 from millstream.broker.outcomes import open_stored
 from millstream.broker.records import AppRecord, NewDeployment
 from millstream.broker.registry import Registry
@@ -354,3 +356,9 @@ async def cut(client: Client, *prefixes: str) -> int:
     for node, one in found:
         await node.client_kill_filter(_id=one)
     return len(found)
+
+
+def wires(link: Link | None) -> list[Link]:
+    """The connections of a link: into a cluster, one to each primary."""
+    assert link is not None
+    return list(link._links.values()) if isinstance(link, ClusterLink) else [link]

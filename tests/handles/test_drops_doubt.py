@@ -18,7 +18,7 @@ from tests.handles.elsewhere import run_elsewhere
 from tests.handles.held import blocking
 from tests.handles.ledger import Ledger, is_clean, left, passes
 from tests.helpers import wait_until
-from tests.replica_helpers import Serving, cut
+from tests.replica_helpers import Serving, cut, wires
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -28,12 +28,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 async def test_what_was_in_the_air_when_the_connection_was_lost_is_kept(serving: Serving, redis: Control) -> None:
     handle = serving(Ledger)
     await handle.call("warm")
-    engine = engines.current()
-    commands = engine.lines.commands
-    assert commands is not None
+    commands = wires(engines.current().lines.commands)
 
     futures = [handle.call(x) for x in range(100)]
-    commands.close()
+    for wire in commands:
+        wire.close()
     assert await asyncio.wait_for(asyncio.gather(*futures), 10) == list(range(100))
     await passes(redis)
     kept = await left(redis)

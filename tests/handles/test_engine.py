@@ -18,8 +18,8 @@ from millstream.errors import BrokerUnavailableError
 from millstream.handles import chores, engines, lines, patrol, submitter
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Route
-from tests.helpers import wait_until
-from tests.replica_helpers import Gate, Serving, cut
+from tests.helpers import nodes_of, wait_until
+from tests.replica_helpers import Gate, Serving, cut, wires
 from tests.servers import Server
 
 pytestmark = pytest.mark.anyio
@@ -83,7 +83,7 @@ async def test_burst_survives_the_loss_of_both_connections_and_nothing_runs_twic
             tasks.start_soon(caller, range(start, start + 20))
         for many in sorted(rng.sample(range(100, 1500), 4)):
             await wait_until(lambda many=many: len(values) >= many and engines.current().lines.is_connected)
-            assert await cut_ours(redis) == 2
+            assert await cut_ours(redis) == 2 * len(await nodes_of(redis))
 
     assert sorted(values) == list(range(2000))
     runs = await handle.counted.call()
@@ -164,8 +164,8 @@ async def test_chain_survives_the_loss_of_both_connections(serving: Serving, red
 async def test_connection_whose_other_end_vanished_is_ended_by_the_kernel_within_the_patience(serving: Serving) -> None:
     await serving(Ledger).call(1)
 
-    for link in (engines.current().lines.commands, engines.current().lines.replies):
-        assert link is not None and link._transport is not None
+    for link in wires(engines.current().lines.commands) + wires(engines.current().lines.replies):
+        assert link._transport is not None
         sock = link._transport.get_extra_info("socket")
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         if sys.platform == "linux":
@@ -207,9 +207,9 @@ async def test_order_of_the_requests_of_a_caller_is_kept(serving: Serving) -> No
 async def test_lost_message_is_made_up_for(serving: Serving, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     handle = serving(Ledger)
     await handle.call("first")
-    replies, swallowed = engines.current().lines.replies, list[bytes]()
-    assert replies is not None
-    monkeypatch.setattr(replies, "_on_message", swallowed.append)
+    swallowed = list[bytes]()
+    for wire in wires(engines.current().lines.replies):
+        monkeypatch.setattr(wire, "_on_message", swallowed.append)
 
     if how == "call":
         assert await asyncio.wait_for(handle.call(1), 5) == 1
@@ -226,14 +226,14 @@ async def test_lost_messages_of_many_are_made_up_for_a_bounded_number_at_a_time(
     handle = serving(Ledger)
     await handle.call("first")
     engine, looked_at = engines.current(), list[int]()
-    assert engine.lines.replies is not None
     look_at = engine._patrol._look_at
 
     def counted(route: Route, refs: list[bytes]) -> None:
         looked_at.append(len(refs))
         look_at(route, refs)
 
-    monkeypatch.setattr(engine.lines.replies, "_on_message", lambda message: None)
+    for wire in wires(engine.lines.replies):
+        monkeypatch.setattr(wire, "_on_message", lambda message: None)
     monkeypatch.setattr(engine._patrol, "_look_at", counted)
     monkeypatch.setattr(patrol, "LOOK_AT_ONCE", 20)
 

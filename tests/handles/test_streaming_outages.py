@@ -20,7 +20,7 @@ from millstream.replicas import orders, replica, streaming
 from millstream.replicas.streaming import Emitters
 from tests.handles.generators import Model, is_closed, left_behind, read_to_the_end
 from tests.helpers import wait_until
-from tests.replica_helpers import Gate, Serving, cut
+from tests.replica_helpers import Gate, Serving, cut, wires
 from tests.servers import Server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("impatient")]
@@ -444,15 +444,16 @@ async def test_reader_whose_stream_was_given_up_hears_why(
     handle = serving(Model)
     stream = handle.count.options(max_ahead=2).stream(100)
     await anext(stream)
-    replies = engines.current().lines.replies
-    assert replies is not None
-    monkeypatch.setattr(replies, "data_received", lambda data: None)  # it lives, and is deaf
-    replies.send(lambda reply: None, "SUNSUBSCRIBE")
 
     async def is_given_up() -> bool:
         return not await redis.hlen(keys_of(handle).open)
 
-    await wait_until(is_given_up)
+    with monkeypatch.context() as deaf:
+        for wire in wires(engines.current().lines.replies):
+            assert wire._transport is not None
+            deaf.setattr(wire, "close", lambda: None)  # else it would notice, and end
+            wire._transport.write(b"SUNSUBSCRIBE\r\n")
+        await wait_until(is_given_up)
     read, error = await asyncio.wait_for(read_to_the_end(stream), 10)
 
     assert isinstance(error, RequestCancelledError) and "was not connected for 30 s" in str(error)

@@ -172,14 +172,14 @@ async def test_outcome_that_the_server_refuses_is_kept_and_sent_again(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(finisher_module, "RETRY_S", 0.02)
     (one,) = await seed_running(redis, keys)
-    await redis.rename(keys.open, "aside")
+    await redis.rename(keys.open, f"{keys.prefix}aside")
     await redis.set(keys.open, "no hash")
 
     finish(finisher, one)
     await wait_until(lambda: any("will be tried again" in record.getMessage() for record in caplog.records))
     assert not finisher.is_idle
 
-    await redis.rename("aside", keys.open)
+    await redis.rename(f"{keys.prefix}aside", keys.open)
     await wait_until(lambda: finisher.is_idle)
     assert await read_state(redis, keys, one.ref) == "succeeded"
 

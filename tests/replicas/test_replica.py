@@ -158,7 +158,7 @@ async def test_replica_that_lost_a_connection_makes_new_ones_and_goes_on(
     replica = await stage.start(Model)
     assert await stage.handle.call(1) == 1
 
-    assert await cut(redis, *[f"ms:{one}:{replica.name}" for one in lost]) == len(lost)
+    assert await cut(redis, *[f"ms:{one}:{replica.name}" for one in lost]) >= len(lost)
 
     assert await asyncio.wait_for(asyncio.gather(*[stage.handle.call(x) for x in range(100)]), 5) == list(range(100))
     await wait_until(lambda: sum("ready" in message for message in replica.heard) == 2)
