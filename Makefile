@@ -10,7 +10,7 @@ UP_TO_DATE := $(VENV)/up-to-date
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench bench-peers soak chaos cuts faults-peers clean
+.PHONY: help setup demo test test-fast test-cluster check format bench bench-peers soak chaos cuts faults-peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ demo: setup ## replicas from zero to several and back, over real data, in about 
 
 test: setup ## all tests, on every server that is installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-cluster: setup ## the tests of broker, handles, replicas, autoscaler and scenarios on three primaries
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --servers cluster \
+		tests/broker tests/handles tests/replicas tests/autoscaler tests/scenarios
 
 test-fast: setup ## the tests that start no processes of ours, on one server
 	$(BIN)/python -m pytest -m "not processes" --servers fake,valkey

@@ -13,7 +13,7 @@ import redis.exceptions
 from redis.crc import key_slot
 
 from millstream.config import Settings
-from tests.cluster_clients import WholeCluster
+from tests.cluster_clients import WholeCluster, open_blocking
 from tests.servers import Server, free_port
 
 NODE_TIMEOUT_MS = 1000
@@ -75,8 +75,8 @@ class Cluster:
     def connect(self, client_name: str = "test") -> WholeCluster:
         return WholeCluster(Settings(self.url), client_name)
 
-    def connect_blocking(self) -> "redis.RedisCluster":
-        return redis.RedisCluster("127.0.0.1", self._alive[0].port, protocol=2)
+    def connect_blocking(self) -> Any:
+        return open_blocking(self.url)
 
     def primary_of(self, key: str) -> Server:
         """The process that has this key now, as one that lives knows."""

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import redis
 import redis.asyncio
 
+from millstream.broker.cluster import seeds
 from millstream.broker.cluster_control import ClusterControl
 from millstream.config import Settings
 
@@ -30,6 +32,11 @@ class WholeCluster(ClusterControl):
     def _key_in(self, args: tuple[Any, ...]) -> str:
         texts = [part.decode("latin-1") if isinstance(part, bytes) else part for part in args]
         return next((text for text in texts[1:] if isinstance(text, str) and text.startswith(PREFIXES)), "")
+
+
+def open_blocking(url: str) -> Any:
+    """A client without a loop, of a server or of all of a cluster."""
+    return redis.RedisCluster.from_url(seeds(url)[0]) if "+cluster" in url else redis.Redis.from_url(url)
 
 
 def sum_of(answers: list[Any]) -> Any:

@@ -15,7 +15,7 @@ from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
 from millstream.config import Settings
 from tests.leaks import find_leaks, find_lost, take_snapshot
-from tests.servers import BY_DEFAULT, CLUSTER, FAKE, NAMES, AnyServer, Server
+from tests.servers import BY_DEFAULT, CLUSTER, FAKE, NAMES, AnyServer, Server, chosen_servers
 from tests.shared_servers import SharedServers
 
 
@@ -51,9 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _servers_of(metafunc: pytest.Metafunc) -> list[str]:
     """Those of the chosen servers that a test is for."""
-    chosen = metafunc.config.getoption("--servers").split(",")
-    if unknown := set(chosen) - set(NAMES):
-        raise pytest.UsageError(f"--servers: {', '.join(unknown)} unknown; choose from {', '.join(NAMES)}")
+    chosen = chosen_servers(metafunc.config)
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     servers = [name for name in chosen if name != FAKE or "fake" in marks]
     if "any_server" in marks:

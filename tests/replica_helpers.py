@@ -35,7 +35,7 @@ from millstream.handles.handle import DeploymentHandle, SyncHandle
 from millstream.replicas.control import Control
 from millstream.replicas.replica import Birth, Replica
 from tests.helpers import nodes_of
-from tests.servers import CLUSTER
+from tests.servers import CLUSTER, chosen_servers
 
 T = TypeVar("T")
 APP = "app"
@@ -61,7 +61,7 @@ def _is_kept(config: pytest.Config, item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is None or "server" not in callspec.params:
         return True
-    chosen = config.getoption("--servers").split(",")
+    chosen = chosen_servers(config)
     server: str = callspec.params["server"]
     return server in (CLUSTER, next((name for name in ("valkey", "redis8", "redis7") if name in chosen), chosen[0]))
 

@@ -63,6 +63,14 @@ NAMES = (FAKE, *FINDERS)
 BY_DEFAULT = tuple(name for name in NAMES if name != CLUSTER)
 
 
+def chosen_servers(config: pytest.Config) -> list[str]:
+    """What was given as `--servers`, or all but the cluster."""
+    chosen: list[str] = config.getoption("--servers").split(",")
+    if unknown := set(chosen) - set(NAMES):
+        raise pytest.UsageError(f"--servers: {', '.join(unknown)} unknown; choose from {', '.join(NAMES)}")
+    return chosen
+
+
 class AnyServer(Protocol):
     """What the tests run on: a process, a cluster of them, or fakeredis."""
 

@@ -20,7 +20,7 @@ from millstream.config import AutoscalingConfig, DeploymentConfig, Settings
 from tests.helpers import finish, seed_delayed, seed_queued, seed_running, wait_until
 from tests.timing import timed
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.on_cluster]
 
 TAG = "app.Model"
 SCALED = DeploymentConfig(

@@ -31,6 +31,8 @@ from tests.helpers import (
     seed_running,
 )
 
+pytestmark = pytest.mark.on_cluster
+
 FILES = {
     path.name.removesuffix(".lua"): path.read_text()
     for path in resources.files("millstream.broker").joinpath("lua").iterdir()

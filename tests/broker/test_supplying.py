@@ -33,7 +33,7 @@ from tests.helpers import (
     seed_running,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.fake]
+pytestmark = [pytest.mark.anyio, pytest.mark.fake, pytest.mark.on_cluster]
 
 DOWN = DeploymentKeys("ms", "app.Down")
 

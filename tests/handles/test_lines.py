@@ -11,7 +11,7 @@ from millstream.handles.engine import Engine
 from tests.helpers import wait_until
 from tests.replica_helpers import Serving, cut
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.on_cluster]
 
 
 async def double(x: int) -> int:

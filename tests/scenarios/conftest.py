@@ -1,4 +1,7 @@
-"""Whole process trees: each test has its own, and nothing of it may be left afterwards."""
+"""Whole process trees: each test has its own, and nothing of it may be left afterwards.
+
+They bring their server along, or use a cluster (`--servers cluster`, or the mark `on_cluster`).
+"""
 
 import os
 import signal
@@ -11,15 +14,51 @@ import pytest
 
 import millstream
 from millstream import runtime, serve
+from tests.leaks import find_leaks, find_lost, take_snapshot
 from tests.scenarios.processes import descendants, wait_for_end
+from tests.servers import BY_DEFAULT, CLUSTER, chosen_servers
+from tests.shared_servers import SharedServers
+
+EMBEDDED = "embedded"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server" in metafunc.fixturenames:
+        return
+    chosen = chosen_servers(metafunc.config)
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    is_on_cluster = CLUSTER in chosen or ("on_cluster" in marks and chosen == list(BY_DEFAULT))
+    places = [EMBEDDED] if chosen != [CLUSTER] else []
+    if is_on_cluster and "single_server" not in marks:
+        places.append(CLUSTER)
+    if places != [EMBEDDED]:
+        metafunc.parametrize("cluster_url", places, indirect=True)
+
+
+@pytest.fixture
+def cluster_url(request: pytest.FixtureRequest, servers: SharedServers) -> Iterator[str]:
+    """Of a flushed cluster, on which nothing may be left behind; "" where the embedded server serves."""
+    if getattr(request, "param", EMBEDDED) == EMBEDDED:
+        yield ""
+        return
+    server = servers.get(CLUSTER)
+    with server.connect_blocking() as client:
+        client.flushall()
+        yield server.url
+        snapshot = take_snapshot(client)
+    assert find_leaks(snapshot) == []
+    assert find_lost(snapshot) == []
 
 
 @pytest.fixture(autouse=True)
-def own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster_url: str) -> Iterator[None]:
     """A directory without a server in it; at the end everything that was started is gone."""
     monkeypatch.chdir(tmp_path)
     for name in ("MILLSTREAM_URL", "MILLSTREAM_SECRET_KEY", "MILLSTREAM_NAMESPACE", "MILLSTREAM_LEASE_S"):
         monkeypatch.delenv(name, raising=False)
+    if cluster_url:
+        monkeypatch.setenv("MILLSTREAM_URL", cluster_url)
+        monkeypatch.setenv("MILLSTREAM_SECRET_KEY", "a secret for tests")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     before = descendants(os.getpid())
     yield

@@ -112,6 +112,7 @@ def test_host_that_comes_back_finishes_nothing_that_was_taken_from_it(
     assert len(starts(ledger)) == 3
 
 
+@pytest.mark.single_server
 def test_server_that_stands_still_for_longer_than_the_lease_is_nobodys_death(
     second_host: int, tmp_path: Path, ledger: Path
 ) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
-import redis
 
 import millstream
 from millstream import serve
 from millstream.errors import PayloadTooLargeError
 from millstream.handles import engines
+from tests.cluster_clients import open_blocking
 from tests.scenarios.processes import wait_for
 from tests.scenarios.streamers import Streamer, forget_peak, peak_bytes
 
@@ -110,7 +110,7 @@ def test_caller_that_is_killed_leaves_nothing_for_ever(
     caller.kill()
     caller.wait()
 
-    server = redis.Redis.from_url(settings.url)
+    server = open_blocking(settings.url)
     wait_for(lambda: not server.hlen("{ms:default.Streamer}:open"), 20.0)
     left = [key for key in server.scan_iter("{ms:default.Streamer}:*") if key.split(b":")[2] in KINDS]
     ttls = {key: server.ttl(key) for key in left}

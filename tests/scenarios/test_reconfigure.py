@@ -264,6 +264,7 @@ def test_replica_that_starts_while_the_config_changes_ends_with_the_new_one(tmp_
     assert {(config["n"], pid in started) for pid, config, _ in (handle.call() for _ in range(20))} == {(2, True)}
 
 
+@pytest.mark.single_server
 def test_server_that_restarts_meanwhile_delays_the_update_only(tmp_path: Path) -> None:
     server = Server("valkey", "--appendonly", "yes", "--appendfsync", "always").start()
     try:

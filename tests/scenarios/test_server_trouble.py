@@ -20,7 +20,7 @@ from tests.scenarios.apps import Worker
 from tests.scenarios.processes import find, me, wait_for
 from tests.servers import Server
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.single_server]
 
 LONGER_THAN_A_LEASE_S = 6.0
 

@@ -30,6 +30,7 @@ def test_an_application_answers() -> None:
     assert handle.pid.call() != os.getpid()
 
 
+@pytest.mark.on_cluster
 def test_composed_deployments_pass_tasks_without_awaiting_them() -> None:
     handle = serve.run(Pipeline.bind(Adder.bind(1), Adder.bind(10)))
 
@@ -63,6 +64,7 @@ def test_running_again_replaces_the_application() -> None:
     assert [handle.call(n) for n in range(20)] == [n + 5 for n in range(20)]
 
 
+@pytest.mark.on_cluster
 def test_no_request_fails_while_an_application_is_replaced() -> None:
     handle = serve.run(Adder.options(num_replicas=2).bind(0))
     in_flight = [handle.options(block_until="queued").remote(n) for n in range(300)]
@@ -130,6 +132,7 @@ def test_bad_arguments_are_refused_before_anything_starts() -> None:
     assert not millstream.is_initialized()
 
 
+@pytest.mark.on_cluster
 def test_delete_lets_running_requests_finish(tmp_path, ledger) -> None:  # type: ignore[no-untyped-def]
     handle = serve.run(Worker.bind(str(ledger)))
     ref = handle.hold.remote("a", str(tmp_path / "go"))
@@ -180,6 +183,7 @@ def test_output_of_replicas_appears_with_a_prefix(capfd: pytest.CaptureFixture[s
     assert any(line.startswith("[default.Worker r-") and line.endswith("a line from inside") for line in lines)
 
 
+@pytest.mark.on_cluster
 def test_it_scales_from_zero_to_several_and_back(tmp_path, ledger) -> None:  # type: ignore[no-untyped-def]
     scaling = {
         "min_replicas": 0,

@@ -12,10 +12,10 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
-import redis
 
 from millstream import serve
 from millstream.handles import engines
+from tests.cluster_clients import open_blocking
 from tests.scenarios.processes import wait_for
 from tests.scenarios.streamers import Streamer, forget_peak, peak_bytes
 
@@ -92,14 +92,15 @@ def test_producer_gives_up_when_its_reader_was_killed(
     wait_for(lambda: made(ledger)[-1][0] == "closed", 10.0, "the end of the generator")
     assert len(made(ledger)) <= 12
     assert handle.options(method_name="echo").call("free") == "free"
-    server = redis.Redis.from_url(settings.url)
+    server = open_blocking(settings.url)
     wait_for(lambda: not list(server.scan_iter("*:items:*")))
     server.close()
 
 
+@pytest.mark.single_server
 def test_hundred_thousand_items_take_no_more_memory_than_a_few(ledger: Path) -> None:
     handle = serve.run(Streamer.bind())
-    server = redis.Redis.from_url(engines.settings().url)
+    server = open_blocking(engines.settings().url)
     count = handle.options(method_name="count")
     assert sum(1 for _ in count.stream(5000)) == 5000
     gc.collect()

@@ -15,7 +15,7 @@ from tests.scenarios.streamers import Streamer
 from tests.scenarios.test_cluster import Front
 from tests.tls import start_tls_cluster, start_tls_server
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.single_server]
 
 
 def test_everything_works_over_tls_and_nothing_goes_without(tmp_path: Path, ledger: Path) -> None:
