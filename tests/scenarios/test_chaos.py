@@ -9,7 +9,7 @@ from chaos.report import as_text
 from chaos.run import run
 from chaos.world import Load
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.processes, pytest.mark.single_server, pytest.mark.timeout(400)]
 
 
 def test_nothing_is_lost_in_a_minute_of_chaos(tmp_path: Path) -> None:
