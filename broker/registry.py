@@ -298,8 +298,11 @@ class Registry:
 
     async def assign(self, node: str, tag: str, planned: Planned) -> None:
         """Tell a node how many replicas of a deployment to run, of which version and by which config."""
-        text = self.signer.write(planned, node, tag)
-        await run(self.client, control_scripts.enlist(self.keys.node_plan(node), tag, text))
+        plan, text = self.keys.node_plan(node), self.signer.write(planned, node, tag)
+        await run(self.client, control_scripts.enlist(plan, tag, text))
+        if not await self.client.hexists(self.keys.nodes, node):  # it has left meanwhile: nobody else would delete that
+            await self.client.delete(plan)
+            return
         await self.client.publish(self.keys.node_wake(node), "plan")
 
     async def unassign(self, node: str, tag: str) -> None:

@@ -382,6 +382,18 @@ async def test_node_that_comes_back_after_an_outage_still_has_its_plan(
     assert await registry.plan("n-1") == {"app.Model": Planned(2, "v1")}
 
 
+async def test_node_that_left_a_moment_ago_gets_no_plan_that_nobody_would_delete(
+    redis: Control, registry: Registry
+) -> None:
+    await register_node(registry, "n-1", 0, is_alive=True)
+    await redis.hdel(ALL.nodes, "n-1")  # as its launcher does when it ends
+    await redis.delete(ALL.node_plan("n-1"))
+
+    await registry.assign("n-1", "app.Model", Planned(2, "v1"))
+
+    assert not await redis.exists(ALL.node_plan("n-1"))
+
+
 async def test_plan_says_what_was_assigned_and_not_unassigned(registry: Registry) -> None:
     await register_node(registry, "n-1", 0, is_alive=True)
     await registry.assign("n-1", "app.Other", Planned(3, "v2"))
