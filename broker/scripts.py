@@ -115,22 +115,25 @@ def submit(keys: DeploymentKeys, client: str, requests: Sequence[Any]) -> Call[d
 
 
 def _grouped(flat: Sequence[Any], *, same: Sequence[int], own: Sequence[int]) -> list[Any]:
-    """Rows of five, flat, as the scripts take them: once for each run of rows what is the `same` in them and their number,
-    then what each has of its `own`. Fewer arguments: each costs client and server a fifth of a microsecond."""
+    """Rows of five, flat, as the scripts take them (columns.lua): for each run of rows what is the `same` in them, their number,
+    and the columns of what each has of its `own`. Fewer arguments: each costs client and server a fifth of a microsecond."""
+    if not flat:
+        return []
     columns = [flat[i::ROW] for i in range(ROW)]
     count = len(columns[0])
-    if all(columns[i].count(columns[i][0]) == count for i in same if count):  # nearly always
-        runs = [(0, count)] if count else []
+    if all(columns[i].count(columns[i][0]) == count for i in same):  # nearly always
+        ends = [count]
     else:
         heads = list(zip(*(columns[i] for i in same), strict=True))
-        starts = [i for i in range(count) if not i or heads[i] != heads[i - 1]]
-        runs = list(zip(starts, [*starts[1:], count], strict=True))
+        ends = [i for i in range(1, count) if heads[i] != heads[i - 1]] + [count]
     arguments: list[Any] = []
-    for start, end in runs:
-        rows: list[Any] = [None] * ((end - start) * len(own))
-        for position, i in enumerate(own):
-            rows[position :: len(own)] = columns[i][start:end]
-        arguments += [*(columns[i][start] for i in same), end - start, *rows]
+    start = 0
+    for end in ends:
+        arguments += [columns[i][start] for i in same]
+        arguments.append(end - start)
+        for i in own:
+            arguments += columns[i][start:end] if len(ends) > 1 else columns[i]
+        start = end
     return arguments
 
 

@@ -37,6 +37,6 @@ local function bury(request, lane_name, entry, history)
   local place = lane_name .. ' ' .. entry
   add_entry(dead, request, '*')
   if not is_open_at(request, place) then return end
-  conclude(request.ref, request.reply or '', 'dead ' .. place, history, true)
+  conclude(request.ref, request.reply or '', 'dead ' .. place .. '\n' .. history, true)
   if request.payload then redis.call('EXPIRE', payloads .. request.ref, DEAD_KEPT_S) end
 end

@@ -33,7 +33,7 @@ for i = 4, #ARGV do
     redis.call('ZREM', deadlines, ref)
   elseif not answer then
     local client, where = take(ref, place)
-    conclude(ref, client, ARGV[1] .. ' ' .. where, ARGV[3])
+    conclude(ref, client, ARGV[1] .. ' ' .. where .. '\n' .. ARGV[3])
     answer = 'ended'
   end
   answers[#answers + 1] = answer

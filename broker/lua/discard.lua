@@ -12,7 +12,7 @@ local scanned = redis.call('HSCAN', open, ARGV[1], 'COUNT', ARGV[2])
 for i = 1, #scanned[2], 2 do
   local ref = scanned[2][i]
   local client, where = take(ref, scanned[2][i + 1], ARGV[5] == 'waiting')
-  if client then conclude(ref, client, 'cancelled ' .. where, ARGV[4]) end
+  if client then conclude(ref, client, 'cancelled ' .. where .. '\n' .. ARGV[4]) end
 end
 publish()
 return { scanned[1], waiters }

@@ -3,31 +3,35 @@
 local INLINE_BYTES = 4096 -- larger results are announced, not sent: a stalled client is cut off at 32 MB
 local WAITED_FOR_S = 60 -- a result that others wait for lives at least so long: a sweeper may have to supply it
 local MOST = 1000 -- per call: Lua hands over 8000 arguments at most
-local ended, outbox, waiters = {}, {}, {}
+local ended, ended_count, outbox, waiters, call = {}, 0, {}, {}, redis.call
 ttl_s = math.max(1, math.ceil(tonumber(ttl_s))) -- raises here, before anything is written, if it is no number
 local ttl_text = string.format('%d', ttl_s) -- once: making a text of a number costs as much as a small command
 local has_more = redis.call('EXISTS', notes, deadlines, holds) > 0 -- of any request of this deployment
 
+-- How RESP goes on to a text: the end of what was before, and the length.
 local length_lines = {}
 local function length_line(text)
   local line = length_lines[#text]
   if not line then
-    line = '$' .. #text .. '\r\n'
+    line = '\r\n$' .. #text .. '\r\n'
     length_lines[#text] = line
   end
   return line
 end
 
+-- In parts, joined at the end: each string that Lua makes costs as much as a small command.
 local function tell(client, ref, stored)
   local box = outbox[client]
   if not box then
-    box = {}
+    box = { parts = 0 }
     outbox[client] = box
   end
   if #stored > INLINE_BYTES then
     stored = string.sub(stored, 1, string.find(stored, '\n', 1, true))
   end
-  box[#box + 1] = length_line(ref) .. ref .. '\r\n' .. length_line(stored) .. stored .. '\r\n'
+  local i = box.parts
+  box[i + 1], box[i + 2], box[i + 3], box[i + 4] = length_line(ref), ref, length_line(stored), stored
+  box.parts = i + 4
 end
 
 local notes_of, noted_fields = {}, {}
@@ -62,12 +66,13 @@ local function use_notes(ref, stored, keeps_payload)
   return waiting and math.max(ttl_s, WAITED_FOR_S) or ttl_s
 end
 
--- Store the outcome of one request and note whom to tell.
-local function conclude(ref, client, header, body, keeps_payload)
-  local stored, keep_s = header .. '\n' .. body, ttl_s
+-- Store the outcome of one request (a header, a newline, the rest) and note whom to tell.
+local function conclude(ref, client, stored, keeps_payload)
+  local keep_s = ttl_s
   if has_more then keep_s = use_notes(ref, stored, keeps_payload) end
-  redis.call('SET', results .. ref, stored, 'EX', keep_s == ttl_s and ttl_text or keep_s)
-  ended[#ended + 1] = ref
+  call('SETEX', results .. ref, keep_s == ttl_s and ttl_text or keep_s, stored)
+  ended_count = ended_count + 1
+  ended[ended_count] = ref
   if client ~= '' then tell(client, ref, stored) end
 end
 
@@ -86,6 +91,6 @@ local function publish()
     forget('HDEL', holds, ended)
   end
   for client, box in pairs(outbox) do
-    redis.call('SPUBLISH', replies .. client, '*' .. #box * 2 .. '\r\n' .. table.concat(box))
+    redis.call('SPUBLISH', replies .. client, '*' .. box.parts / 2 .. table.concat(box) .. '\r\n')
   end
 end

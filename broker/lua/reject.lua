@@ -14,6 +14,6 @@ local _, _, _, fields = unpack_held(ref, redis.call('HGET', held, ref) or '')
 redis.call('HDEL', held, ref)
 redis.call('DEL', supplied_prefix .. ref)
 redis.call('ZREM', KEYS[1], ref)
-conclude(ref, fields and fields[6] or '', 'failed - -', ARGV[3])
+conclude(ref, fields and fields[6] or '', 'failed - -\n' .. ARGV[3])
 publish()
 return { 'failed', waiters }

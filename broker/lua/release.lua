@@ -41,7 +41,7 @@ for _, row in ipairs(pending) do
     local deaths = request.attempt - (tonumber(request.retries) or 0) -- what its code raised is counted apart
     -- What `open` does not name is no request: kept to be looked at.
     if is_deleted and is_open_at(request, place) then
-      conclude(request.ref, request.reply or '', 'cancelled ' .. place, 'its deployment was deleted')
+      conclude(request.ref, request.reply or '', 'cancelled ' .. place .. '\nits deployment was deleted')
     elseif not is_open_at(request, place) or deaths >= (tonumber(request.max_attempts) or max_attempts) then
       bury(request, lane_name, entry, history)
       buried = buried + 1

@@ -29,7 +29,7 @@ async def test_as_many_as_one_submit_takes_are_taken_and_one_more_is_refused(
     await deploy_config(redis, keys)
     many = [part for _ in range(3900) for part in request(new_ref(), body=b"")]
 
-    with pytest.raises(ResponseError, match="3900 at most"):
+    with pytest.raises(ResponseError, match="3900 requests at most"):
         await run(redis, scripts.submit(keys, "", (*many, *request(new_ref()))))
     refused = await redis.exists(keys.open)
     answers = await run(redis, scripts.submit(keys, "", many))

@@ -496,15 +496,16 @@ class Deployment:
         return call.keys[0].removeprefix(self.keys.prefix)
 
 
-def rows(flat: list[str], width: int) -> Iterator[list[str]]:
+def rows(flat: list[Any], width: int) -> Iterator[list[Any]]:
     return (flat[i : i + width] for i in range(0, len(flat), width))
 
 
 def in_groups(flat: list[Any], head: int, width: int) -> Iterator[list[Any]]:
-    """Rows of `head` and `width` parts, out of groups: a head, a count, and so many rows without it."""
+    """Rows of `head` and `width` parts, out of groups: a head, a count, and so many of each column."""
     while flat:
         count = int(flat[head])
-        for row in rows(flat[head + 1 : head + 1 + count * width], width):
+        columns = rows(flat[head + 1 : head + 1 + count * width], count)
+        for row in zip(*columns, strict=True):
             yield [*flat[:head], *row]
         flat = flat[head + 1 + count * width :]
 
