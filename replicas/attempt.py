@@ -13,6 +13,7 @@ SIMPLE = frozenset(
     )
 )  # fmt: skip
 NUMBERS = frozenset({b"deadline", b"attempt", b"retries", b"stream", b"payload", b"max_attempts"})
+USUAL_FIELDS = 8  # names and values: as submit writes a request that has nothing special, with its ref first
 MOST_REF_BYTES = 255  # as an envelope can name it
 MOST_DIGITS = 15
 MOST_FIELDS = 3950  # a request can wait for 3900 refs at most (`hold`); a script hands over 8000 arguments at most
@@ -68,7 +69,7 @@ class Attempt(NamedTuple):
 
 def read_entry(lane: str, entry: bytes, fields: list[bytes]) -> Attempt:
     """From the fields of a stream entry. Raises KeyError or ValueError if it is not a request."""
-    is_usual = len(fields) == 8 and fields[0] == b"ref" and fields[6] == b"body"  # as submit writes it
+    is_usual = len(fields) == USUAL_FIELDS and fields[0] == b"ref" and fields[6] == b"body"  # as submit writes it
     if is_usual and len(fields[1]) <= MOST_REF_BYTES:
         return Attempt(lane, entry, fields[1], fields[3], fields[5], fields[7], _NOTHING)
     named = dict(zip(fields[::2], fields[1::2], strict=True))

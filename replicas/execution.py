@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from millstream.broker import pickling, remote_errors
-from millstream.broker.codec import Codec
+from millstream.broker.codec import REF_BYTES, Codec
 from millstream.broker.pickling import Pickled
 from millstream.errors import (
     BrokerUnavailableError,
@@ -21,7 +21,7 @@ from millstream.errors import (
 )
 from millstream.handles import arguments
 from millstream.handles.context import Request, current
-from millstream.replicas.attempt import SIMPLE, Attempt
+from millstream.replicas.attempt import SIMPLE, USUAL_FIELDS, Attempt, read_entry
 from millstream.replicas.expiry import Expiry
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
@@ -32,6 +32,13 @@ from millstream.replicas.streaming import Emitters
 from millstream.replicas.versions import OtherVersions
 
 log = logging.getLogger("millstream.replica")
+
+
+class _Prompt(NamedTuple):
+    """A method that cannot suspend, and how its requests are opened."""
+
+    open: Callable[[bytes, bytes], Any]
+    function: Callable[..., Any]
 
 
 class Running:
@@ -69,13 +76,50 @@ class Executor:
         self._large, self._emitters, self._where = large, emitters, where
         self._expiry, self.retries, self._other_versions = expiry, retries, other_versions
         self._result_of = f"a result of {codec.tag}"
+        self._prompt: dict[bytes, _Prompt] = {}  # name -> method, of those that were called before and cannot suspend
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
         self.running: dict[tuple[str, bytes], Running] = {}
         self.slot_freed = asyncio.Event()
 
+    def start_entry(self, lane: str, entry: bytes, fields: list[bytes]) -> None:
+        """Run what a stream entry asks for: to its end if it cannot suspend, else to its first suspension.
+
+        Raises KeyError, ValueError, TypeError or RecursionError if the entry is no request, and nothing else.
+        """
+        # As submit writes nearly all of them; what follows is `start`, written out for methods that cannot suspend.
+        if len(fields) == USUAL_FIELDS and fields[0] == b"ref" and fields[6] == b"body":
+            prompt = self._prompt.get(fields[3])
+            if prompt is not None and len(fields[1]) == REF_BYTES and fields[7][:2] == b"\x01p":
+                self._run_promptly(prompt, lane, entry, fields)
+                return
+        self.start(read_entry(lane, entry, fields))
+
+    def _run_promptly(self, prompt: "_Prompt", lane: str, entry: bytes, fields: list[bytes]) -> None:
+        _, ref, _, _, _, client, _, body = fields
+        try:
+            args, kwargs, *model = prompt.open(ref, body)
+        except Exception as e:
+            self._could_not_begin(read_entry(lane, entry, fields), e)
+            return
+        current.set(Request(self._codec.tag, ref, model[0] if model else ""))
+        try:
+            coroutine = prompt.function(*args, **kwargs)
+            contextvars.copy_context().run(coroutine.send, None)
+        except StopIteration as returned:
+            result = pickling.dump_plain(returned.value)
+            if result is not None and len(result) <= pickling.LARGE_BYTES:
+                self._finisher.finish(lane, entry, ref, client, b"succeeded", self._codec.seal_value(ref, result))
+            else:
+                self._succeeded(read_entry(lane, entry, fields), returned.value)
+        except BaseException as e:
+            self._raised(read_entry(lane, entry, fields), e)
+        else:
+            coroutine.close()
+            self._suspended(read_entry(lane, entry, fields), prompt.function)
+
     def start(self, attempt: Attempt) -> None:
-        """Run one attempt: to its end if it cannot suspend, else to its first suspension. Never raises."""
+        """As `start_entry`, of one that has been read. Never raises."""
         values = None
         if attempt.more and not attempt.more.keys() <= SIMPLE and (values := attempt.small_values()) is None:
             self._start_with_care(attempt)
@@ -85,15 +129,8 @@ class Executor:
             method, args, kwargs, model_id = self._called(attempt, opened)
             if values:
                 args, kwargs = arguments.fill_in(args, kwargs, self._large.open_small(values))
-        except MethodNotFoundError as e:
-            self._not_here(attempt, e)
-            return
-        except (ImportError, AttributeError) as e:
-            e.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
-            self._failed(attempt, e)
-            return
         except Exception as e:
-            self._failed(attempt, e)
+            self._could_not_begin(attempt, e)
             return
         request = Request(self._codec.tag, attempt.ref, model_id)
         current.set(request)  # in the context of the claim loop, of which each request gets a copy
@@ -109,6 +146,15 @@ class Executor:
         if attempt.more:
             self._notice(attempt)
 
+    def _could_not_begin(self, attempt: Attempt, error: Exception) -> None:
+        """Its arguments could not be read, or there is nothing that they could be given to."""
+        if isinstance(error, MethodNotFoundError):
+            self._not_here(attempt, error)
+            return
+        if isinstance(error, ImportError | AttributeError):
+            error.add_note(f"an argument is of a class that cannot be imported where {self._codec.tag} runs")
+        self._failed(attempt, error)
+
     def _called(self, attempt: Attempt, opened: Any) -> tuple[Method, tuple[Any, ...], dict[str, Any], str]:
         """What a request calls, with what. Raises MillstreamError or TypeError if that cannot be called so."""
         args, kwargs, *model = opened
@@ -118,6 +164,8 @@ class Executor:
                 f"method {attempt.method.decode()!r} of {self._codec.tag} is a generator; call it with "
                 "handle.stream(...), or iterate over what options(stream=True).remote(...) returns"
             )
+        if method.is_prompt and attempt.method not in self._prompt:
+            self._prompt[attempt.method] = _Prompt(self._codec.opener("request", attempt.method), method.function)
         return method, args, kwargs, model[0] if model else ""
 
     # what takes more than one step
@@ -263,9 +311,13 @@ class Executor:
             self._succeeded(attempt, returned.value)
         except BaseException as e:
             self._raised(attempt, e)
-        else:  # its code cannot suspend, so this is no coroutine of ours
+        else:
             coroutine.close()
-            self._failed(attempt, RuntimeError(f"{method.function!r} suspended where its code cannot"))
+            self._suspended(attempt, method.function)
+
+    def _suspended(self, attempt: Attempt, function: Any) -> None:
+        """What was called is no coroutine of the code that was looked at."""
+        self._failed(attempt, RuntimeError(f"{function!r} suspended where its code cannot"))
 
     # the end
 

@@ -2,16 +2,20 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 from millstream.broker import scripts
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys
 from millstream.broker.link import Link
-from millstream.replicas.attempt import read_entry
 from millstream.replicas.execution import Executor
 
-DIRECT_READS = 3  # of a deep lane, between two looks at all lanes: what is returned or urgent waits no longer than that
+DIRECT_READS, DIRECT_S = (
+    20,
+    0.01,
+)  # of a deep lane, and for how long, between two looks at all lanes: so long does what is
+# returned or urgent wait
 FEW, ONE_BY_ONE = 3, 4  # after more idle claims than that, so many are taken one by one
 log = logging.getLogger("millstream.replica")
 
@@ -27,7 +31,7 @@ class Intake:
         # Half of the slots at a time: while one half runs, the claim of the other is in the air.
         self.resize(max_ongoing)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
-        self._direct_reads, self._direct_lane, self._was_direct = 0, b"", False
+        self._direct_reads, self._direct_until, self._direct_lane, self._was_direct = 0, 0.0, b"", False
         self._idle_claims = 0  # in a row: they have found nothing
         self.is_draining = False
         self.is_paused = False  # nothing new starts; what has been claimed goes back to its lane
@@ -83,7 +87,7 @@ class Intake:
         count = min(self._at_once, self.free - about_to_start)
         if count <= 0:
             return None
-        self._was_direct = self._direct_reads > 0
+        self._was_direct = self._direct_reads > 0 and time.monotonic() < self._direct_until
         if self._was_direct:
             self._direct_reads -= 1
             command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", count, "STREAMS", self._direct_lane, ">")
@@ -98,7 +102,7 @@ class Intake:
             return claimed
         self._direct_reads, claimed = reply
         if self._direct_reads:
-            self._direct_lane = claimed[-1][0]
+            self._direct_lane, self._direct_until = claimed[-1][0], time.monotonic() + DIRECT_S
         return claimed
 
     async def _a_free_slot(self) -> None:
@@ -149,7 +153,7 @@ class Intake:
 
     def _start_one(self, lane: str, entry: bytes, fields: list[bytes]) -> None:
         try:
-            attempt = read_entry(lane, entry, fields)
+            self._executor.start_entry(lane, entry, fields)
         except (KeyError, ValueError, TypeError, RecursionError) as e:
             why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
             log.error(
@@ -158,8 +162,6 @@ class Intake:
             )  # fmt: skip
             if self.on_unreadable is not None:
                 self.on_unreadable(lane, entry, why)
-            return
-        self._executor.start(attempt)
 
     async def reconcile(self, reads: Link, writes: Link) -> None:
         """After a reconnect: run what the server delivered in a reply that never arrived, as far as there are slots."""
