@@ -42,8 +42,8 @@ class Cell:
         self._large: Verified | None = None  # the value, where it lies in a key of its own
         self._error: BaseException | None = None
         self._value: Any = _UNREAD
-        self._on_match: list[Watcher] = []
-        self._on_end: list[Watcher] = []
+        self._on_match: tuple[Watcher, ...] = ()
+        self._on_end: tuple[Watcher, ...] = ()
 
     @property
     def ref_id(self) -> str:
@@ -87,7 +87,7 @@ class Cell:
             if self.is_matched:
                 return
             self.is_matched = True
-            watchers, self._on_match = self._on_match, []
+            watchers, self._on_match = self._on_match, ()
         for watcher in watchers:
             watcher(self)
 
@@ -103,7 +103,7 @@ class Cell:
             if self.has_ended:
                 return
             self._stored, self._error, self.is_matched = stored, error, True
-            watchers, self._on_match, self._on_end = self._on_match + self._on_end, [], []
+            watchers, self._on_match, self._on_end = self._on_match + self._on_end, (), ()
         for watcher in watchers:
             watcher(self)
 
@@ -115,17 +115,19 @@ class Cell:
 
     def _add(self, watcher: Watcher, *, ended: bool) -> None:
         with _lock:
-            if not (self.has_ended if ended else self.is_matched):
-                (self._on_end if ended else self._on_match).append(watcher)
+            if ended and not self.has_ended:
+                self._on_end += (watcher,)
+                return
+            if not ended and not self.is_matched:
+                self._on_match += (watcher,)
                 return
         watcher(self)
 
     def forget(self, watcher: Watcher) -> None:
         """Take a watcher back, if it was not called yet."""
         with _lock:
-            for watchers in (self._on_match, self._on_end):
-                if watcher in watchers:
-                    watchers.remove(watcher)
+            self._on_match = _without(watcher, self._on_match)
+            self._on_end = _without(watcher, self._on_end)
 
     def read(self) -> Any:
         """The value, or the error raised. Only after the end. Every read gives the same value, and a new error."""
@@ -153,6 +155,12 @@ class Cell:
         except Exception as e:
             return e
         return None
+
+    def raise_if_lost(self) -> None:
+        """After the match: what never reached the server, or no replica in time, raises here; all else at its ref."""
+        if self.has_ended and (self._stored or b"timed_out").startswith(b"timed_out"):
+            with contextlib.suppress(RequestCancelledError):  # before it was sent; as where the server was told
+                self.read()
 
     @property
     def stored(self) -> bytes | None:
@@ -190,6 +198,11 @@ class Cell:
         self._add(watcher, ended=for_end)
         future.add_done_callback(lambda _: self.forget(watcher))
         return future
+
+
+def _without(watcher: Watcher, watchers: tuple[Watcher, ...]) -> tuple[Watcher, ...]:
+    """Without one that is in it at most once."""
+    return tuple(one for one in watchers if one != watcher) if watcher in watchers else watchers
 
 
 _UNREAD: Any = object()

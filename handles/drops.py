@@ -57,12 +57,12 @@ class Drops:
         commands = self._lines.commands
         if commands is None or not commands.is_up or not (self._dropped or self._large):
             return
-        by_tag: dict[str, list[str]] = {}
+        by_tag: dict[str, list[bytes]] = {}
         for tag, refs in _taken(self._dropped):
-            prefix = self._route(tag).keys.result_prefix
-            by_tag.setdefault(tag, []).extend([prefix + ref.decode() for ref in refs])
+            prefix = self._route(tag).result_prefix
+            by_tag.setdefault(tag, []).extend([prefix + ref for ref in refs])
         for tag, ref, part in _taken(self._large):
-            by_tag.setdefault(tag, []).append(self._route(tag).keys.value(ref, part))
+            by_tag.setdefault(tag, []).append(self._route(tag).keys.value(ref, part).encode())
         for keys in by_tag.values():
             for i in range(0, len(keys), AT_ONCE):
                 commands.send(_ignore, "UNLINK", *keys[i : i + AT_ONCE])

@@ -1,12 +1,11 @@
 """`DeploymentHandle` (asynchronous) and `SyncHandle`: how requests are made. Both pickle as names and options."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, Unpack, overload
 
-from millstream.errors import RequestCancelledError
-from millstream.handles import context, engines, mapping
-from millstream.handles.arguments import RefTask, encode_rows
+from millstream.handles import context, engines, map_refs, mapping
+from millstream.handles.arguments import RefTask
 from millstream.handles.base_handle import BaseHandle
 from millstream.handles.call_future import CallFuture, SharedCallFuture
 from millstream.handles.cell import Cell
@@ -15,6 +14,7 @@ from millstream.handles.generics import A, Async, Async1, Plain, Plain1, R, T_co
 from millstream.handles.map_types import AsyncMixed, Choices, Collecting, Many, Mixed, Several
 from millstream.handles.ref import ObjectRef
 from millstream.handles.route import Pending, Route
+from millstream.handles.sending import Row
 from millstream.handles.stream_cell import StreamCell
 from millstream.handles.streaming import AsyncStream, Stream
 
@@ -106,36 +106,26 @@ class DeploymentHandle(BaseHandle, Generic[T_co]):
 
     starmap = mapping.async_starmap
 
-    def _call_rows(self, rows: list[tuple[Any, ...]]) -> list[asyncio.Future[Any] | None]:
-        """As `call`, once for each row of arguments, in a fraction of the time; None for those that need its care."""
-        caller = context.current.get()
-        if not self._is_plain or (caller is not None and caller.model_id):
-            return [None] * len(rows)
-        engine, route = self._route_here()
-        futures: list[asyncio.Future[Any] | None] = []
-        made: list[Pending] = []
-        requests: list[Any] = []
-        codec, lane, method, extras = route.codec, self._lane, self._method, self._plain
-        seal, new_ref, loop, now = route.sealer(method), engine.new_ref, engine.loop, engine.now()
-        for body in encode_rows(rows):
-            if body is None:
-                futures.append(None)
-                continue
-            future = CallFuture(loop=loop)
-            future.codec, future.ref, future.since = codec, (ref := new_ref()), now
-            requests += (ref, lane, method, extras, seal(ref, body))
-            made.append(future)
-            futures.append(future)
-        engine.sender.submit_all(route, made, requests)
-        if caller is not None:
-            for pending in made:
-                caller.sends(engine, pending)
-        return futures
+    @overload
+    def map_refs(self: "DeploymentHandle[Async1[A, R]]", items: Many[A]) -> Coroutine[Any, Any, list[ObjectRef[R]]]: ...
+    @overload
+    def map_refs(self: "DeploymentHandle[Plain1[A, R]]", items: Many[A]) -> Coroutine[Any, Any, list[ObjectRef[R]]]: ...
+    def map_refs(self: "DeploymentHandle[Any]", items: Many[Any]) -> Coroutine[Any, Any, list[ObjectRef[Any]]]:
+        """As `map_refs.async_map_refs` says: the refs of one request per item, once the server has them all."""
+        return map_refs.async_map_refs(self, items)
 
     def _send(
-        self, engine: Engine, route: Route, pending: Pending, args: Any, kwargs: Any, *, for_match: bool = False
+        self,
+        engine: Engine,
+        route: Route,
+        pending: Pending,
+        args: Any,
+        kwargs: Any,
+        *,
+        for_match: bool = False,
+        until_queued: bool = False,
     ) -> None:
-        until_queued = for_match and self._options.block_until == "queued"
+        until_queued = until_queued or (for_match and self._options.block_until == "queued")
         extras = self._matched_extras if for_match and not until_queued else self._plain
         caller = context.current.get()
         encoded = self._encode_quickly(args, kwargs, caller)
@@ -146,10 +136,21 @@ class DeploymentHandle(BaseHandle, Generic[T_co]):
         if caller is not None and self._options.idempotency_key is None:
             caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
+    def _way(self) -> tuple[Engine, Route]:
+        return self._route_here()
+
+    def _send_plain_rows(
+        self, engine: Engine, route: Route, pendings: list[Pending], requests: list[Any], until_queued: bool
+    ) -> None:
+        engine.sender.submit_all(route, pendings, requests, until_queued)
+
+    def _send_row(self, pending: Pending, row: Row, until_queued: bool) -> None:
+        self._send(*self._route_here(), pending, row, {}, until_queued=until_queued)
+
     async def _matched(self, cell: Cell, ref: ObjectRef, engine: Engine) -> ObjectRef:
         if not cell.is_matched:
             await cell.future(engine.loop, for_end=False)
-        _raise_if_lost(cell)
+        cell.raise_if_lost()
         return ref
 
     def _route_here(self) -> tuple[Engine, Route]:
@@ -198,7 +199,7 @@ class SyncHandle(BaseHandle, Generic[T_co]):
         cell = Cell(route.codec, self._new_ref(engine, route))
         self._send(background, cell, args, kwargs, for_match=True)
         cell.wait(None, for_end=False)
-        _raise_if_lost(cell)
+        cell.raise_if_lost()
         ref = ObjectRef(cell.ref_id, cell, engine)
         if self._options.idempotency_key is not None:
             ref.share()
@@ -211,7 +212,9 @@ class SyncHandle(BaseHandle, Generic[T_co]):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Send a request and block for its value."""
         engines.warn_if_on_a_loop(f"{type(self).__name__}.call()", "`await` with a DeploymentHandle's call()")
-        cell = self._call_cell(args, kwargs)
+        background, engine, route = self._route_there()
+        cell = Cell(route.codec, self._new_ref(engine, route), is_private=self._options.idempotency_key is None)
+        self._send(background, cell, args, kwargs)
         cell.wait(None)
         return cell.read()
 
@@ -244,11 +247,13 @@ class SyncHandle(BaseHandle, Generic[T_co]):
 
     starmap = mapping.sync_starmap
 
-    def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell:
-        background, engine, route = self._route_there()
-        cell = Cell(route.codec, self._new_ref(engine, route), is_private=self._options.idempotency_key is None)
-        self._send(background, cell, args, kwargs, snapshot=snapshot)
-        return cell
+    @overload
+    def map_refs(self: "SyncHandle[Async1[A, R]]", items: Several[A]) -> list[ObjectRef[R]]: ...
+    @overload
+    def map_refs(self: "SyncHandle[Plain1[A, R]]", items: Several[A]) -> list[ObjectRef[R]]: ...
+    def map_refs(self: "SyncHandle[Any]", items: Several[Any]) -> list[ObjectRef[Any]]:
+        """As `map_refs.sync_map_refs` says: the refs of one request per item, once the server has them all."""
+        return map_refs.sync_map_refs(self, items)
 
     def _send(
         self,
@@ -258,11 +263,12 @@ class SyncHandle(BaseHandle, Generic[T_co]):
         kwargs: Any,
         *,
         for_match: bool = False,
+        until_queued: bool = False,
         snapshot: bool = False,
     ) -> None:
         engine = background.engine
         route = engine.route(self._tag)
-        until_queued = for_match and self._options.block_until == "queued"
+        until_queued = until_queued or (for_match and self._options.block_until == "queued")
         extras = self._matched_extras if for_match and not until_queued else self._plain
         caller = context.current.get()
         encoded = self._encode_quickly(args, kwargs, caller)
@@ -275,18 +281,20 @@ class SyncHandle(BaseHandle, Generic[T_co]):
         if caller is not None and self._options.idempotency_key is None:
             caller.sends(engine, pending)  # it ends with its caller; one with a key may be somebody else's, too
 
+    def _way(self) -> tuple[Engine, Route]:
+        return self._route_there()[1:]
+
+    def _send_plain_rows(
+        self, engine: Engine, route: Route, pendings: list[Pending], requests: list[Any], until_queued: bool
+    ) -> None:
+        engine.loop.call_soon_threadsafe(engine.sender.submit_all, route, pendings, requests, until_queued)
+
+    def _send_row(self, pending: Pending, row: Row, until_queued: bool) -> None:
+        self._send(engines.background(), pending, row, {}, until_queued=until_queued, snapshot=True)
+
     def _route_there(self) -> tuple[engines.Background, Engine, Route]:
         background = engines.background()
         return background, background.engine, background.engine.route(self._tag)
-
-
-def _raise_if_lost(cell: Cell) -> None:
-    """After the match: what never reached the server, or no replica in time, raises here; all else at its ref."""
-    if cell.has_ended and (cell.stored or b"timed_out").startswith(b"timed_out"):
-        try:
-            cell.read()
-        except RequestCancelledError:
-            return  # before it was sent; as where the server was told
 
 
 if TYPE_CHECKING:  # what options(stream=True) gives: a kind of its own, because its `remote` is `stream`

@@ -7,25 +7,21 @@ which cannot be sent, and that of the items themselves, which ends the iteration
 
 import asyncio
 import queue
-import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple, Protocol, Unpack, overload
 
 from millstream.broker.outcomes import same_kind
-from millstream.errors import ConfigError, PayloadTooLargeError, SerializationError, TaskError
+from millstream.errors import ConfigError, TaskError
 from millstream.handles import engines
-from millstream.handles.cell import Cell
 from millstream.handles.generics import R, R_co
+from millstream.handles.item import Item
 from millstream.handles.map_types import AsyncMixed, Choices, Collecting, ManyRows, Mixed, Rows
+from millstream.handles.sending import CANNOT_BE_SENT, AsyncSource, Row, SendsRows, Source, refuse_async
 
-Send = Callable[[int, Any], Cell]  # number of the item, item
-Row = tuple[Any, ...]  # the arguments of one call
-ROWS_AT_ONCE, ROWS_S = 64, 0.001  # so many are sent together, or what the items give in that time
-_CANNOT_BE_SENT = (SerializationError, PayloadTooLargeError)
+REFILL = 64  # while values are at hand, so many are sent together: one by one they cost more
 
 
 class How(NamedTuple):
@@ -38,9 +34,9 @@ class How(NamedTuple):
 
     @property
     def refill_at(self) -> int:
-        """While values are at hand, more are sent when only so many are under way: a few at once cost less. Who has to wait
-        for a value sends all that may be under way first."""
-        return self.max_in_flight - max(1, self.max_in_flight // 16)
+        """While values are at hand, more are sent when only so many are under way. Who has to wait for a value sends all
+        that may be under way first."""
+        return self.max_in_flight - max(1, min(REFILL, self.max_in_flight // 8))
 
     def check(self) -> None:
         if not isinstance(self.max_in_flight, int) or self.max_in_flight < 1:
@@ -50,16 +46,14 @@ class How(NamedTuple):
 # for blocking callers
 
 
-class _Blocking(Protocol[R_co]):
+class _Blocking(SendsRows, Protocol[R_co]):
     """A SyncHandle, by what its calls give."""
 
     def call(self, *args: Any, **kwargs: Any) -> R_co: ...
-    def _of_item(self, number: int) -> "_Blocking[R_co]": ...
-    def _call_cell(self, args: Any, kwargs: Any, *, snapshot: bool = False) -> Cell: ...
 
 
 def sync_map(
-    self: _Blocking[Any],
+    self: SendsRows,
     iterable: Iterable[Any],
     *,
     max_in_flight: int = 1000,
@@ -73,8 +67,7 @@ def sync_map(
     first error is raised in its place and ends the iteration; with `return_exceptions` errors are values. What is
     under way when the iteration ends early goes on. An `idempotency_key` is completed by the number of the item.
     """
-    how = How(max_in_flight, ordered, progress, return_exceptions)
-    return _map_sync(lambda n, item: self._of_item(n)._call_cell((item,), {}, snapshot=True), iterable, how)
+    return _map_sync(self, _alone, iterable, How(max_in_flight, ordered, progress, return_exceptions))
 
 
 @overload
@@ -91,120 +84,82 @@ def sync_starmap(
     return_exceptions: bool = False,
 ) -> Iterator[Any]:
     """As `map`; each item holds all the arguments of its call."""
-    how = How(max_in_flight, ordered, progress, return_exceptions)
-    return _map_sync(lambda n, item: self._of_item(n)._call_cell(tuple(item), {}, snapshot=True), iterable, how)
+    return _map_sync(self, tuple, iterable, How(max_in_flight, ordered, progress, return_exceptions))
 
 
-def _map_sync(send: Send, items: Iterable[Any], how: How) -> Iterator[Any]:
+def _map_sync(handle: SendsRows, row_of: Callable[[Any], Row], items: Iterable[Any], how: How) -> Iterator[Any]:
     how.check()
     engines.warn_if_on_a_loop("SyncHandle.map()", "`async for` with a DeploymentHandle's map()", depth=4)
-    if isinstance(items, AsyncIterable):
-        raise TypeError(
-            f"a SyncHandle takes items that `for` can go through, and {type(items).__name__} needs `async for`; "
-            "use a DeploymentHandle's map(), or collect the items first"
-        )
-    source = _Source(send, iter(items))
+    refuse_async(items)
+    source = Source(handle, row_of, items)
     values = (_in_order if how.ordered else _as_completed)(source, how)
     return _with_progress(values, items) if how.progress else values
 
 
-class _Unsent:
-    """In place of the cell of an item that could not be sent."""
+class _Turnstile:
+    """Lets one thread through when the item that it waits for is over."""
 
-    def __init__(self, error: Exception) -> None:
-        self._error = error
+    def __init__(self) -> None:
+        self._passes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._awaited: Item | None = None
 
-    def wait(self, timeout: float | None) -> bool:
-        return True
+    def tell(self, item: Item) -> None:
+        if item is self._awaited:
+            self._passes.put(None)
 
-    def read(self) -> Any:
-        raise self._error
-
-
-class _Source:
-    """Sends one item at a time. An error of the items themselves is kept for the end."""
-
-    def __init__(self, send: Send, items: Iterator[Any]) -> None:
-        self._send, self._items = send, items
-        self._count = 0
-        self._is_over = False
-        self._error: Exception | None = None
-
-    def send_next(self) -> Cell | _Unsent | None:
-        """None: there are no more."""
-        if self._is_over:
-            return None
-        number = self._count
-        try:
-            item = next(self._items)
-            self._count += 1
-            return self._send(number, item)
-        except _CANNOT_BE_SENT as e:
-            return _Unsent(_named(e, number))
-        except StopIteration:
-            self._is_over = True
-        except Exception as e:
-            self._is_over, self._error = True, e
-        return None
-
-    def finish(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def wait(self, item: Item) -> None:
+        self._awaited = item  # which `tell` looks at once the item is over: one of us sees what the other has done
+        while not item.is_over:
+            self._passes.get()  # it may be for the item before
 
 
-def _in_order(source: _Source, how: How) -> Iterator[Any]:
-    in_flight: deque[Cell | _Unsent] = deque()
-    number = 0
+def _in_order(source: Source, how: How) -> Iterator[Any]:
+    in_flight: deque[Item] = deque()
+    turnstile = _Turnstile()
+    make = partial(Item, turnstile.tell)
     while True:
-        while len(in_flight) < how.max_in_flight and (one := source.send_next()) is not None:
-            in_flight.append(one)
+        if len(in_flight) <= how.refill_at or not in_flight[0].is_over:
+            while sent := source.send(how.max_in_flight - len(in_flight), make):
+                in_flight += sent
         if not in_flight:
             break
         one = in_flight.popleft()
-        one.wait(None)
+        if not one.is_over:
+            turnstile.wait(one)
         try:
             value = one.read()
         except Exception as e:
-            value = _failed(e, number, how)
+            value = _failed(e, one.number, how)
         yield value
-        number += 1
     source.finish()
 
 
-def _as_completed(source: _Source, how: How) -> Iterator[Any]:
-    ended: queue.SimpleQueue[tuple[int, Cell | _Unsent]] = queue.SimpleQueue()
-    sent = yielded = 0
+def _as_completed(source: Source, how: How) -> Iterator[Any]:
+    ended: queue.SimpleQueue[Item] = queue.SimpleQueue()
+    make = partial(Item, ended.put)
+    in_flight = 0
     while True:
-        while sent - yielded < how.max_in_flight and (one := source.send_next()) is not None:
-            if isinstance(one, Cell):
-                one.on_end(partial(_put, ended, sent))
-            else:
-                ended.put((sent, one))
-            sent += 1
-        if sent == yielded:
+        if in_flight <= how.refill_at or ended.empty():
+            while sent := source.send(how.max_in_flight - in_flight, make):
+                in_flight += len(sent)
+        if not in_flight:
             break
-        number, one = ended.get()
-        yielded += 1
+        one = ended.get()
+        in_flight -= 1
         try:
             value = one.read()
         except Exception as e:
-            value = _failed(e, number, how)
+            value = _failed(e, one.number, how)
         yield value
     source.finish()
-
-
-def _put(ended: "queue.SimpleQueue[tuple[int, Cell | _Unsent]]", number: int, cell: Cell) -> None:
-    ended.put((number, cell))
 
 
 # on an event loop
 
 
-class _Awaited(Protocol[R]):
+class _Awaited(SendsRows, Protocol[R]):
     """A DeploymentHandle, by what its calls give."""
 
-    def _of_item(self, number: int) -> "_Awaited[R]": ...
-    def _call_rows(self, rows: list[Row]) -> list[Any]: ...
     def call(self, *args: Any, **kwargs: Any) -> "asyncio.Future[R]": ...
 
 
@@ -223,8 +178,7 @@ def async_map(
     first error is raised in its place and ends the iteration; with `return_exceptions` errors are values. What is
     under way when the iteration ends early goes on. An `idempotency_key` is completed by the number of the item.
     """
-    how = How(max_in_flight, ordered, progress, return_exceptions)
-    return _map_async(self, lambda item: (item,), iterable, how)
+    return _map_async(self, _alone, iterable, How(max_in_flight, ordered, progress, return_exceptions))
 
 
 @overload
@@ -241,151 +195,98 @@ def async_starmap(
     return_exceptions: bool = False,
 ) -> AsyncIterator[Any]:
     """As `map`; each item holds all the arguments of its call."""
-    how = How(max_in_flight, ordered, progress, return_exceptions)
-    return _map_async(self, tuple, iterable, how)
+    return _map_async(self, tuple, iterable, How(max_in_flight, ordered, progress, return_exceptions))
 
 
 def _map_async(
-    handle: _Awaited[Any], row_of: Callable[[Any], Row], items: Iterable[Any] | AsyncIterable[Any], how: How
+    handle: SendsRows, row_of: Callable[[Any], Row], items: Iterable[Any] | AsyncIterable[Any], how: How
 ) -> AsyncIterator[Any]:
     how.check()
-    source = _AsyncSource(handle, row_of, items)
+    source = AsyncSource(handle, row_of, items)
     values = (_in_order_async if how.ordered else _as_completed_async)(source, how)
     return _with_progress_async(values, items) if how.progress else values
 
 
-class _AsyncSource:
-    """As `_Source`. What could not be sent is a future that has failed."""
+class _Bell:
+    """Wakes the one task that waits for an item."""
 
-    def __init__(
-        self, handle: _Awaited[Any], row_of: Callable[[Any], Row], items: Iterable[Any] | AsyncIterable[Any]
-    ) -> None:
-        self._handle, self._row_of = handle, row_of
-        self._items: Iterator[Any] = iter(()) if isinstance(items, AsyncIterable) else iter(items)
-        self._async_items = aiter(items) if isinstance(items, AsyncIterable) else None
-        self._count = 0
-        self._error: Exception | None = None
+    def __init__(self) -> None:
+        self._awaited: Item | None = None
+        self._rings: asyncio.Future[None] | None = None
 
-    async def send(self, most: int) -> "list[asyncio.Future[Any]]":
-        """Send up to so many; one at a time where the items have to be awaited. None sent: there are no more."""
-        rows: list[Row] = []
-        sent: list[asyncio.Future[Any]] = []
-        if not most:
-            return sent
+    def tell(self, item: Item) -> None:
+        if item is self._awaited:
+            self.ring()
+
+    def ring(self) -> None:
+        if self._rings is not None and not self._rings.done():
+            self._rings.set_result(None)
+
+    async def wait(self, item: Item | None = None) -> None:
+        """For the end of this one; without one, for the next `ring`."""
+        self._awaited, self._rings = item, asyncio.get_running_loop().create_future()
+        await self._rings
+
+
+async def _in_order_async(source: AsyncSource, how: How) -> AsyncIterator[Any]:
+    in_flight: deque[Item] = deque()
+    bell = _Bell()
+    make = partial(Item, bell.tell)
+    while True:
+        if len(in_flight) <= how.refill_at or not in_flight[0].is_over:
+            while sent := await source.send_soon(how.max_in_flight - len(in_flight), make):
+                in_flight += sent
+        if not in_flight:
+            break
+        one = in_flight.popleft()
+        if not one.is_over:
+            await bell.wait(one)
         try:
-            if self._async_items is not None:
-                rows.append(self._row_of(await anext(self._async_items)))
-            else:
-                self._take(rows, min(most, ROWS_AT_ONCE))
-        except StopAsyncIteration:
-            self._async_items = None
+            value = one.read()
         except Exception as e:
-            self._end(e)
-        try:
-            self._send_rows(sent, rows)
-        except Exception as e:
-            self._end(e)
-        return sent
-
-    def _take(self, rows: list[Row], most: int) -> None:
-        until_s = time.monotonic() + ROWS_S
-        for item in islice(self._items, most):
-            rows.append(self._row_of(item))
-            if time.monotonic() > until_s:
-                return  # items that come slowly are not kept waiting for each other
-        if len(rows) < most:
-            self._items = iter(())  # some would begin again
-
-    def _end(self, error: Exception) -> None:
-        self._items, self._async_items, self._error = iter(()), None, error
-
-    def _send_rows(self, sent: "list[asyncio.Future[Any]]", rows: list[Row]) -> None:
-        first, self._count = self._count, self._count + len(rows)
-        for number, (row, future) in enumerate(zip(rows, self._handle._call_rows(rows), strict=True), first):
-            sent.append(future or self._send_one(number, row))
-
-    def _send_one(self, number: int, row: Row) -> "asyncio.Future[Any]":
-        try:
-            return self._handle._of_item(number).call(*row)
-        except _CANNOT_BE_SENT as e:
-            failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            failed.set_exception(_named(e, number))
-            return failed
-
-    def finish(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-async def _in_order_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
-    in_flight: deque[asyncio.Future[Any]] = deque()
-    number = 0
-    try:
-        while True:
-            if len(in_flight) <= how.refill_at or not in_flight[0].done():
-                while sent := await source.send(how.max_in_flight - len(in_flight)):
-                    in_flight += sent
-            if not in_flight:
-                break
-            one = in_flight.popleft()
-            try:
-                value = one.result() if one.done() else await one
-            except Exception as e:
-                value = _failed(e, number, how)
-            yield value
-            number += 1
-    finally:
-        for future in in_flight:
-            _disown(future)
+            value = _failed(e, one.number, how)
+        yield value
     source.finish()
 
 
-async def _as_completed_async(source: _AsyncSource, how: How) -> AsyncIterator[Any]:
-    ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-    in_flight: dict[asyncio.Future[Any], int] = {}
-    count = 0
-    try:
-        while True:
-            if len(in_flight) <= how.refill_at or ended.empty():
-                while sent := await source.send(how.max_in_flight - len(in_flight)):
-                    for one in sent:
-                        in_flight[one] = count
-                        one.add_done_callback(ended.put_nowait)
-                        count += 1
-            if not in_flight:
-                break
-            future = await ended.get()
-            number = in_flight.pop(future)
-            try:
-                value = future.result()
-            except Exception as e:
-                value = _failed(e, number, how)
-            yield value
-    finally:
-        for future in in_flight:
-            _disown(future)
+async def _as_completed_async(source: AsyncSource, how: How) -> AsyncIterator[Any]:
+    ended: deque[Item] = deque()
+    bell, in_flight = _Bell(), 0
+
+    def tell(item: Item) -> None:
+        ended.append(item)
+        bell.ring()
+
+    make = partial(Item, tell)
+    while True:
+        if in_flight <= how.refill_at or not ended:
+            while sent := await source.send_soon(how.max_in_flight - in_flight, make):
+                in_flight += len(sent)
+        if not in_flight:
+            break
+        if not ended:
+            await bell.wait()
+        one = ended.popleft()
+        in_flight -= 1
+        try:
+            value = one.read()
+        except Exception as e:
+            value = _failed(e, one.number, how)
+        yield value
     source.finish()
 
 
-def _disown(future: "asyncio.Future[Any]") -> None:
-    """Nobody will ask for this value: an error in it must not be reported as forgotten."""
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+def _alone(item: Any) -> Row:
+    return (item,)
 
 
 # errors, and the bar
 
 
-def _named(error: Exception, number: int) -> Exception:
-    """The same error, which says in its text which item cannot be sent."""
-    named = type(error)(f"item {number} of map(): {error}", **{**error.__dict__, "item": number})
-    named.__cause__ = error.__cause__
-    return named
-
-
 def _failed(error: Exception, number: int, how: How) -> Exception:
     """Return or raise it, with a note of which item it is of: where order does not matter, nothing else says so."""
     own = error
-    if not isinstance(error, _CANNOT_BE_SENT):
+    if not isinstance(error, CANNOT_BE_SENT):
         if not isinstance(error, TaskError):
             own = same_kind(error)  # type: ignore[assignment] # one error may be that of many requests
         own.add_note(f"(item {number} of map())")

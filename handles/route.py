@@ -89,6 +89,7 @@ class Route:
         "is_preparing",
         "is_ready",
         "keys",
+        "result_prefix",
         "tag",
         "unacknowledged",
     )  # fmt: skip
@@ -96,6 +97,7 @@ class Route:
     def __init__(self, settings: Settings, tag: str) -> None:
         self.tag = tag
         self.keys: DeploymentKeys = Keys(settings.namespace).deployment(tag)
+        self.result_prefix = self.keys.result_prefix.encode()
         self.codec = codec_for(settings.secret_key, settings.namespace, tag)
         self.is_ready = False  # replies of this deployment reach us
         self.is_preparing = False

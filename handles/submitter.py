@@ -67,9 +67,13 @@ class Submitter:
         if route.buffered_bytes > MOST_BUFFERED_BYTES:
             self._refuse_last(route)
 
-    def submit_all(self, route: Route, pendings: list[Pending], requests: list[Any]) -> None:
-        """As `submit`, of many requests, flat, and those who hear of their ends. Nobody waits until they are queued."""
+    def submit_all(
+        self, route: Route, pendings: list[Pending], requests: list[Any], until_queued: bool = False
+    ) -> None:
+        """As `submit`, of many requests, flat, and those who hear of their ends."""
         self._pending.update({pending.ref: pending for pending in pendings})
+        if until_queued:
+            self._unqueued.update(requests[::FIELDS])
         self.sent += len(pendings)
         route.buffer += requests
         route.buffered_bytes += _size_of(requests)

@@ -102,7 +102,7 @@ async def test_item_that_cannot_be_pickled_is_an_error_in_its_place_that_names_i
     items = [0, 1, (x for x in "a"), 3]
 
     values = await mapped(handle, items, ordered=ordered, return_exceptions=True)
-    with pytest.raises(SerializationError, match=r"^item 2 of map\(\): the arguments of app.Model"):
+    with pytest.raises(SerializationError, match=r"^item 2: the arguments of app.Model"):
         await mapped(handle, items, ordered=ordered)
 
     (error,) = [value for value in values if isinstance(value, SerializationError)]
@@ -122,7 +122,7 @@ async def test_item_that_is_too_large_is_an_error_in_its_place_that_names_it(
     (first, error) = await mapped(handle, ["x", "x" * 200_000], return_exceptions=True)
 
     assert first == "x"
-    assert isinstance(error, PayloadTooLargeError) and str(error).startswith("item 1 of map(): ")
+    assert isinstance(error, PayloadTooLargeError) and str(error).startswith("item 1: ")
 
 
 @pytest.mark.anyio
@@ -347,7 +347,7 @@ async def test_refs_and_tasks_are_items_like_any_other(serving: Serving) -> None
 
 def test_blocking_map_refuses_asynchronous_items_at_once() -> None:
     for name in ("map", "starmap"):
-        with pytest.raises(TypeError, match=r"async_generator needs `async for`; use a DeploymentHandle's map\(\)"):
+        with pytest.raises(TypeError, match=r"async_generator needs `async for`; use a DeploymentHandle"):
             getattr(SyncHandle("Model"), name)(Counted(3).aiter())
 
 

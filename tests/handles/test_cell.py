@@ -139,7 +139,7 @@ def test_wait_that_takes_too_long_says_so_and_leaves_no_watcher(timeout: float) 
 
     assert not cell.wait(timeout)
     assert not cell.wait(timeout, for_end=False)
-    assert (cell._on_end, cell._on_match) == ([], [])
+    assert (cell._on_end, cell._on_match) == ((), ())
 
 
 @pytest.mark.anyio
@@ -162,7 +162,7 @@ async def test_cancelled_future_leaves_no_watcher() -> None:
 
     future.cancel()
 
-    await wait_until(lambda: cell._on_end == [])
+    await wait_until(lambda: cell._on_end == ())
     cell.settle(stored(1))
 
 

@@ -43,6 +43,15 @@ async def by_map_as_completed(handle: DeploymentHandle) -> None:
     assert {value async for value in handle.map(range(50), ordered=False)} == set(range(50))
 
 
+async def by_refs_of_a_map(handle: DeploymentHandle) -> None:
+    for ref in await handle.map_refs(range(50)):
+        await ref
+
+
+async def by_unread_refs_of_a_map(handle: DeploymentHandle) -> None:
+    await handle.map_refs(range(50))
+
+
 async def by_awaited_ref(handle: DeploymentHandle) -> None:
     assert await (await handle.remote(1)) == 1
 
@@ -102,7 +111,8 @@ async def by_delay(handle: DeploymentHandle) -> None:
 
 
 WAYS = [
-    by_call, by_map, by_map_as_completed, by_awaited_ref, by_unread_ref, by_unawaited_task, by_failure,
+    by_call, by_map, by_map_as_completed, by_refs_of_a_map, by_unread_refs_of_a_map, by_awaited_ref, by_unread_ref,
+    by_unawaited_task, by_failure,
     by_unread_failure, by_deadline, by_large_value, by_unread_large_value, by_large_argument, by_sync_call,
     by_sync_map, by_sync_ref, by_unread_sync_ref, by_delay,
 ]  # fmt: skip

@@ -1,15 +1,19 @@
 """`map`: many requests, a bounded number of them under way, in order or as they complete."""
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
 
+from millstream.broker.codec import codec_for
 from millstream.errors import ConfigError, DeploymentNotFoundError, SerializationError
-from millstream.handles import mapping
+from millstream.handles import mapping, sending
 from millstream.handles.handle import DeploymentHandle, SyncHandle
+from millstream.handles.item import Item
+from millstream.handles.sending import Make, P, Row
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
 
@@ -146,23 +150,25 @@ async def test_as_many_as_may_be_are_under_way_while_values_are_waited_for(
     ordered: bool, are_awaited: bool, most: int
 ) -> None:
     """A batch of that size is always filled."""
-    waiting: list[asyncio.Future[int]] = []
+    codec = codec_for(b"k" * 32, "ms", "app.Model")
+    waiting: list[Item] = []
 
     class Handle:
-        def _of_item(self, number: int) -> "Handle":
-            return self
+        def call(self, *args: Any, **kwargs: Any) -> asyncio.Future[int]:
+            raise AssertionError("it is of no use here")
 
-        def _call_rows(self, rows: list[tuple[Any, ...]]) -> "list[asyncio.Future[int] | None]":
-            return [None] * len(rows)
-
-        def call(self, item: int) -> "asyncio.Future[int]":
-            future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            waiting.append(future)
-            if len(waiting) == most:
-                for one in waiting:
-                    one.set_result(item)
-                waiting.clear()
-            return future
+        def _send_rows(
+            self, rows: list[Row], first: int, make: Make[P], sent: list[P], *, until_queued: bool = False
+        ) -> None:
+            for number, (item,) in enumerate(rows, first):
+                ref = b"%022d" % number
+                pending = make(codec, ref, 0.0, number)
+                sent.append(pending)
+                waiting.append(cast(Item, pending))
+                if len(waiting) == most:
+                    for one in waiting:
+                        one.settle(b"succeeded normal 1-0\n" + codec.seal_value(one.ref, pickle.dumps(item)))
+                    waiting.clear()
 
     async def items() -> AsyncIterator[int]:
         for x in range(most * 5):
@@ -177,18 +183,18 @@ async def test_as_many_as_may_be_are_under_way_while_values_are_waited_for(
 
 @pytest.mark.anyio
 async def test_slow_items_do_not_wait_for_each_other(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "ROWS_S", 0.0)
-    handle, sent = serving(Model), list[int]()
-    send = handle._call_rows
+    monkeypatch.setattr(sending, "ROWS_S", 0.0)
+    handle, sizes = serving(Model), list[int]()
+    send = handle._send_rows
 
-    def noting(rows: list[tuple[Any, ...]]) -> list[Any]:
-        sent.append(len(rows))
-        return send(rows)
+    def noting(rows: list[Row], first: int, make: Make[P], sent: list[P], **how: bool) -> None:
+        sizes.append(len(rows))
+        send(rows, first, make, sent, **how)
 
-    monkeypatch.setattr(handle, "_call_rows", noting)
+    monkeypatch.setattr(handle, "_send_rows", noting)
 
     assert await collect(handle.map(range(10))) == [2 * x for x in range(10)]
-    assert {size for size in sent if size} == {1}
+    assert set(sizes) == {1}
 
 
 @pytest.mark.anyio
