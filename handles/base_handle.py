@@ -114,9 +114,9 @@ class BaseHandle:
         plain: list[Pending] = []
         requests: list[Any] = []
         codec, lane, method, extras = route.codec, self._lane, self._method, self._plain
-        seal, new_ref, now = route.sealer(method), engine.new_ref, engine.now()
-        for number, body in enumerate(bodies, first):
-            pending = make(codec, (ref := new_ref()), now, number)
+        seal, now = route.sealer(method), engine.now()
+        for number, (ref, body) in enumerate(zip(engine.new_refs(len(rows)), bodies, strict=True), first):
+            pending = make(codec, ref, now, number)
             sent.append(pending)
             if body is not None:
                 plain.append(pending)

@@ -8,6 +8,7 @@ engine re-reads what it waits for. What takes more than one step is in `chores`.
 import asyncio
 import itertools
 import os
+import string
 import time
 from collections.abc import AsyncGenerator
 
@@ -29,6 +30,7 @@ from millstream.handles.recovery import Recovery
 from millstream.handles.route import Pending, Route, Several
 from millstream.handles.submitter import Submitter
 
+IN_BLOCK = [one.encode() for one in string.ascii_letters + string.digits + "-_"]  # how the refs of one block end
 NEWLINE = b"\n"[0]  # ends what is only announced, and notices
 SIGNED = b"s"[0], b"f"[0]  # succeeded, failed: these bear a signature, and what begins otherwise is only looked up
 
@@ -55,6 +57,7 @@ class Engine:
         self.endings = Endings(self)
         self.deadlines = Deadlines(self.loop, self.pending, self.endings.expire)
         self._ref_prefix, self._ref_numbers = os.urandom(6).hex().encode(), itertools.count()
+        self._block_prefix, self._blocks = os.urandom(6).hex().encode(), itertools.count()
         self._routes: dict[str, Route] = {}
         self._patrol = Patrol(self.pending, self.lines, Signer(settings), self.route, self.look_at)
         self._messages = Messages()
@@ -68,9 +71,19 @@ class Engine:
         """22 characters: 48 random bits of this engine and a counter; never the same twice on one server. Any thread."""
         return b"%b%010x" % (self._ref_prefix, next(self._ref_numbers))
 
+    def new_refs(self, count: int) -> list[bytes]:
+        """So many of them, in a quarter of the time: a block of refs takes one step of a counter. Any thread."""
+        if count < len(IN_BLOCK) // 4:
+            return [self.new_ref() for _ in range(count)]
+        refs: list[bytes] = []
+        while len(refs) < count:
+            block = b"%b%09x" % (self._block_prefix, next(self._blocks))
+            refs += [block + number for number in IN_BLOCK[: count - len(refs)]]
+        return refs
+
     def made(self, ref: bytes) -> bool:
         """Is this one of `new_ref`, and of no other process? A ref that stands for an idempotency key is everybody's."""
-        return ref.startswith(self._ref_prefix)
+        return ref.startswith((self._ref_prefix, self._block_prefix))
 
     def route(self, tag: str) -> Route:
         """The route to a deployment. Any thread."""

@@ -44,10 +44,11 @@ class Item:
 
     def read(self) -> Any:
         """The value, or the error raised. Only after the end, and once."""
-        if self._stored is None:
+        stored = self._stored
+        if stored is None:
             assert self._error is not None
             raise self._error
         try:
-            return outcomes.open_stored(self.codec, self.ref, self._stored, self._large)
+            return outcomes.open_stored(self.codec, self.ref, stored, self._large)
         except MillstreamError as e:
             raise e.with_traceback(None)  # noqa: B904 - it is the same one, without how we rebuilt it

@@ -21,7 +21,7 @@ from millstream.handles.item import Item
 from millstream.handles.map_types import AsyncMixed, Choices, Collecting, ManyRows, Mixed, Rows
 from millstream.handles.sending import CANNOT_BE_SENT, AsyncSource, Row, SendsRows, Source, refuse_async
 
-REFILL = 64  # while values are at hand, so many are sent together: one by one they cost more
+REFILL = 32  # while values are at hand, so many are sent together: one by one they cost more
 
 
 class How(NamedTuple):
@@ -32,11 +32,10 @@ class How(NamedTuple):
     progress: bool
     return_exceptions: bool
 
-    @property
-    def refill_at(self) -> int:
-        """While values are at hand, more are sent when only so many are under way. Who has to wait for a value sends all
-        that may be under way first."""
-        return self.max_in_flight - max(1, min(REFILL, self.max_in_flight // 8))
+    def bounds(self) -> tuple[int, int]:
+        """At most so many are under way. While values are at hand, more are sent when only the second number of them are;
+        who has to wait for a value sends all that may be under way first."""
+        return self.max_in_flight, self.max_in_flight - max(1, min(REFILL, self.max_in_flight // 8))
 
     def check(self) -> None:
         if not isinstance(self.max_in_flight, int) or self.max_in_flight < 1:
@@ -115,11 +114,12 @@ class _Turnstile:
 
 def _in_order(source: Source, how: How) -> Iterator[Any]:
     in_flight: deque[Item] = deque()
+    most, refill_at = how.bounds()
     turnstile = _Turnstile()
     make = partial(Item, turnstile.tell)
     while True:
-        if len(in_flight) <= how.refill_at or not in_flight[0].is_over:
-            while sent := source.send(how.max_in_flight - len(in_flight), make):
+        if len(in_flight) <= refill_at or not in_flight[0].is_over:
+            while sent := source.send(most - len(in_flight), make):
                 in_flight += sent
         if not in_flight:
             break
@@ -137,10 +137,11 @@ def _in_order(source: Source, how: How) -> Iterator[Any]:
 def _as_completed(source: Source, how: How) -> Iterator[Any]:
     ended: queue.SimpleQueue[Item] = queue.SimpleQueue()
     make = partial(Item, ended.put)
+    most, refill_at = how.bounds()
     in_flight = 0
     while True:
-        if in_flight <= how.refill_at or ended.empty():
-            while sent := source.send(how.max_in_flight - in_flight, make):
+        if in_flight <= refill_at or ended.empty():
+            while sent := source.send(most - in_flight, make):
                 in_flight += len(sent)
         if not in_flight:
             break
@@ -230,11 +231,12 @@ class _Bell:
 
 async def _in_order_async(source: AsyncSource, how: How) -> AsyncIterator[Any]:
     in_flight: deque[Item] = deque()
+    most, refill_at = how.bounds()
     bell = _Bell()
     make = partial(Item, bell.tell)
     while True:
-        if len(in_flight) <= how.refill_at or not in_flight[0].is_over:
-            while sent := await source.send_soon(how.max_in_flight - len(in_flight), make):
+        if len(in_flight) <= refill_at or not in_flight[0].is_over:
+            while sent := await source.send_soon(most - len(in_flight), make):
                 in_flight += sent
         if not in_flight:
             break
@@ -258,9 +260,10 @@ async def _as_completed_async(source: AsyncSource, how: How) -> AsyncIterator[An
         bell.ring()
 
     make = partial(Item, tell)
+    most, refill_at = how.bounds()
     while True:
-        if in_flight <= how.refill_at or not ended:
-            while sent := await source.send_soon(how.max_in_flight - in_flight, make):
+        if in_flight <= refill_at or not ended:
+            while sent := await source.send_soon(most - in_flight, make):
                 in_flight += len(sent)
         if not in_flight:
             break

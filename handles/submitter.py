@@ -18,7 +18,9 @@ from millstream.handles.lines import PATIENCE_S
 from millstream.handles.patience import RETRY_S, Answer, Line, Patient
 from millstream.handles.route import FIELDS, Batch, Pending, Route, shorten_deadlines
 
-FLUSH_REQUESTS = 64  # a fuller script call gains nothing and delays the others
+FLUSH_REQUESTS = (
+    32  # per script call: with more, client, server and replica wait for each other; with less, each call costs more
+)
 FLUSH_BYTES = 64 * 1024
 OVERHEAD_BYTES = 200  # of one request in the buffer, beside its envelope
 IN_THE_AIR = 3  # so many submit calls go out without waiting for an answer; then what comes waits to be sent together
@@ -60,7 +62,7 @@ class Submitter:
         route.buffered_bytes += len(envelope) + OVERHEAD_BYTES
         if not route.is_ready:
             self._prepare(route)
-        elif not route.in_the_air or len(buffer) >= FIELDS * FLUSH_REQUESTS or route.buffered_bytes >= FLUSH_BYTES:
+        elif len(buffer) >= FIELDS * FLUSH_REQUESTS or route.buffered_bytes >= FLUSH_BYTES:
             self.flush(route)
         elif route.in_the_air < IN_THE_AIR and len(buffer) == FIELDS:
             self._hub.loop.call_soon(self.flush, route)
