@@ -106,38 +106,39 @@ async def at_once(do: Callable[[Any], Awaitable[Any]], items: Iterable[Any]) -> 
 async def measure(peer: Any) -> None:
     """Everything, with a peer of coroutines."""
     with reported("end to end"):
-        count = await _calibrate(peer.all)
+        count = await calibrate(peer.all)
         meter, began = Meter(), time.perf_counter()
         assert list(await asyncio.wait_for(peer.all(range(count)), PATIENCE_S)) == list(range(count))
         say(end_to_end=count / (time.perf_counter() - began), **meter.per_request(count))
     with reported("callers"):
-        say(callers=await _callers(peer.call, 1, CALLERS, SECONDS))
+        say(callers=await callers_rate(peer.call, 1, CALLERS, SECONDS))
     with reported("serial"):
-        p50, p99 = quantiles(await _serial(peer.call))
+        p50, p99 = quantiles(await serial_times(peer.call))
         say(async_p50_ms=p50, async_p99_ms=p99)
     for name, (size, callers) in SIZES.items():
         with reported(name):
-            say(**{name: await _callers(peer.call, "x" * size, callers, SECONDS / 2)})
+            say(**{name: await callers_rate(peer.call, "x" * size, callers, SECONDS / 2)})
     if hasattr(peer, "submit"):
         with reported("submit"), frozen_workers():
-            count = await _calibrate(peer.submit)
+            count = await calibrate(peer.submit)
             began = time.perf_counter()
             await asyncio.wait_for(peer.submit(range(count)), PATIENCE_S)
             say(submit=count / (time.perf_counter() - began))
 
 
-async def _calibrate(do: Callable[[range], Awaitable[Any]]) -> int:
+async def calibrate(do: Callable[[range], Awaitable[Any]], seconds: float = SECONDS) -> int:
+    """How many values keep `do` busy for so many seconds."""
     count = LEAST
     while True:
         began = time.perf_counter()
         await asyncio.wait_for(do(range(count)), PATIENCE_S)
         took_s = time.perf_counter() - began
-        if took_s >= SECONDS * SHARE or count >= MOST:
-            return choose(count, took_s, SECONDS)
+        if took_s >= seconds * SHARE or count >= MOST:
+            return choose(count, took_s, seconds)
         count *= 4
 
 
-async def _callers(call: Callable[[Any], Awaitable[Any]], value: Any, callers: int, seconds: float) -> float:
+async def callers_rate(call: Callable[[Any], Awaitable[Any]], value: Any, callers: int, seconds: float) -> float:
     """Results per second of so many callers, each waiting for its result before its next call."""
     done, began = 0, time.perf_counter()
 
@@ -151,9 +152,10 @@ async def _callers(call: Callable[[Any], Awaitable[Any]], value: Any, callers: i
     return done / (time.perf_counter() - began)
 
 
-async def _serial(call: Callable[[Any], Awaitable[Any]]) -> list[float]:
+async def serial_times(call: Callable[[Any], Awaitable[Any]], seconds: float = SECONDS) -> list[float]:
+    """What each of one call after the other takes, in s."""
     times: list[float] = []
-    over = time.perf_counter() + SECONDS
+    over = time.perf_counter() + seconds
     while (began := time.perf_counter()) < over or len(times) < LEAST:
         assert await call(1) == 1
         times.append(time.perf_counter() - began)
@@ -166,19 +168,19 @@ async def _serial(call: Callable[[Any], Awaitable[Any]]) -> list[float]:
 def measure_blocking(peer: Any) -> None:
     """Everything, with a peer whose methods block."""
     with reported("end to end"):
-        count = _calibrate_blocking(peer.all)
+        count = calibrate_blocking(peer.all)
         meter, began = Meter(), time.perf_counter()
         assert list(peer.all(range(count))) == list(range(count))
         say(end_to_end=count / (time.perf_counter() - began), **meter.per_request(count))
     with reported("callers"):
-        say(callers=_callers_blocking(peer.call, 1, CALLERS, SECONDS))
+        say(callers=callers_rate_blocking(peer.call, 1, CALLERS, SECONDS))
     measure_serial_blocking(peer.call)
     for name, (size, callers) in SIZES.items():
         with reported(name):
-            say(**{name: _callers_blocking(peer.call, "x" * size, callers, SECONDS / 2)})
+            say(**{name: callers_rate_blocking(peer.call, "x" * size, callers, SECONDS / 2)})
     if hasattr(peer, "submit"):
         with reported("submit"), frozen_workers():
-            count = _calibrate_blocking(peer.submit)
+            count = calibrate_blocking(peer.submit)
             began = time.perf_counter()
             peer.submit(range(count))
             say(submit=count / (time.perf_counter() - began))
@@ -187,27 +189,33 @@ def measure_blocking(peer: Any) -> None:
 def measure_serial_blocking(call: Callable[[Any], Any]) -> None:
     with reported("serial"):
         assert call(1) == 1
-        times: list[float] = []
-        over = time.perf_counter() + SECONDS
-        while (began := time.perf_counter()) < over or len(times) < LEAST:
-            assert call(1) == 1
-            times.append(time.perf_counter() - began)
-        p50, p99 = quantiles(times)
+        p50, p99 = quantiles(serial_times_blocking(call))
         say(sync_p50_ms=p50, sync_p99_ms=p99)
 
 
-def _calibrate_blocking(do: Callable[[range], Any]) -> int:
+def serial_times_blocking(call: Callable[[Any], Any], seconds: float = SECONDS) -> list[float]:
+    """What each of one call after the other takes, in s."""
+    times: list[float] = []
+    over = time.perf_counter() + seconds
+    while (began := time.perf_counter()) < over or len(times) < LEAST:
+        assert call(1) == 1
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def calibrate_blocking(do: Callable[[range], Any], seconds: float = SECONDS) -> int:
+    """How many values keep `do` busy for so many seconds."""
     count = LEAST
     while True:
         began = time.perf_counter()
         do(range(count))
         took_s = time.perf_counter() - began
-        if took_s >= SECONDS * SHARE or count >= MOST:
-            return choose(count, took_s, SECONDS)
+        if took_s >= seconds * SHARE or count >= MOST:
+            return choose(count, took_s, seconds)
         count *= 4
 
 
-def _callers_blocking(call: Callable[[Any], Any], value: Any, callers: int, seconds: float) -> float:
+def callers_rate_blocking(call: Callable[[Any], Any], value: Any, callers: int, seconds: float) -> float:
     began = time.perf_counter()
 
     def one(_: int) -> int:

@@ -78,13 +78,13 @@ def section(results: Rounds, about: dict[str, str], notes: Iterable[str]) -> str
     return f"{tables(results)}\nMeasured with {facts}.\n{left_out}"
 
 
-def with_section(page: str, text: str) -> str:
+def with_section(page: str, text: str, first: str = BEGIN, last: str = END) -> str:
     """The page with this between the two markers. Raises ValueError if they are not there, in their order."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the page has no lines {BEGIN!r} and, below, {END!r}")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+        raise ValueError(f"the page has no lines {first!r} and, below, {last!r}")
+    return f"{before}{first}\n\n{text}\n{last}{after}"
 
 
 def plot(results: Rounds, title: str, file: Path) -> None:

@@ -159,11 +159,11 @@ def main() -> None:
     if options.page:
         text = report.section(results, about, notes)
         if options.plot:
-            text = f"![Requests per second and serial latency]({_seen_from(options.page, options.plot)})\n\n{text}"
+            text = f"![Requests per second and serial latency]({seen_from(options.page, options.plot)})\n\n{text}"
         if options.json:
-            text += f"\nAll rounds are in [{options.json.name}]({_seen_from(options.page, options.json)}).\n"
+            text += f"\nAll rounds are in [{options.json.name}]({seen_from(options.page, options.json)}).\n"
         options.page.write_text(report.with_section(options.page.read_text(), text))
 
 
-def _seen_from(page: Path, file: Path) -> str:
+def seen_from(page: Path, file: Path) -> str:
     return os.path.relpath(file, page.parent)
