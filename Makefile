@@ -40,9 +40,8 @@ format: setup ## what `make check` would like to see
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## requests per second and latency on this machine
-	$(BIN)/python -m benchmarks.bare_path --rounds 3
-	$(BIN)/python -m benchmarks.end_to_end
+bench: setup ## what millstream does on this machine, into docs/performance.md; about 15 minutes
+	$(BIN)/python -m benchmarks.suite --json docs/figures/bench.json --plot docs/figures/bench.svg --page docs/performance.md
 
 bench-peers: setup ## millstream beside ten queues, Ray Serve and the floor, into docs/benchmarks.md; about 10 minutes
 	$(BIN)/python -m benchmarks.peers --json docs/figures/peers.json --plot docs/figures/peers.svg --page docs/benchmarks.md

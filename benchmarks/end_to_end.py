@@ -1,6 +1,6 @@
-"""The benchmark: one client, one replica, a no-op async method, results collected, through the public API.
+"""A short benchmark: one client, one replica, a no-op async method, results collected, through the public API.
 
-    make bench     (python -m benchmarks.end_to_end [--requests 20000] [--rounds 5] [--aof])
+    python -m benchmarks.end_to_end [--requests 20000] [--rounds 5] [--aof]      (`make bench` measures much more)
 
 Everything runs on this machine, server included. Prints requests/s of `map` and of 64 concurrent callers, the serial
 round trip of the async and the sync handle, and the CPU time per request of client, replica and server, which is

@@ -1,5 +1,6 @@
 """A thousand deployments of which ten are called: beside 990 at zero, and the same ten alone."""
 
+import asyncio
 import time
 from itertools import cycle
 from typing import Any
@@ -12,6 +13,7 @@ from millstream import serve
 
 ACTIVE = 10
 AT_ZERO = {"min_replicas": 0, "max_replicas": 1}
+SETTLE_S = 3.0  # processes that have just started are busy with themselves
 
 
 def measure(how: How) -> None:
@@ -31,6 +33,7 @@ def several(number: int, **options: Any) -> Any:
 
 async def calls(name: str, how: How) -> None:
     """Requests per second of the ten in turn, and how much of a core launcher and autoscaler take meanwhile."""
+    await asyncio.sleep(SETTLE_S)
     handles = [serve.get_deployment_handle(f"D{n}", "active") for n in range(ACTIVE)]
     assert [await handle.call(1) for handle in handles] == [1] * ACTIVE
     turns, found = cycle(handles), parties()

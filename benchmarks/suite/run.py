@@ -31,7 +31,10 @@ END_S = 30.0  # for what was interrupted, to end its processes
 def measure(workload: Workload, how: How) -> tuple[dict[str, float], str]:
     """One workload from its start to its end: its figures by name, and what went wrong, if anything did."""
     # All it leaves behind, of servers that had to be killed too, goes with the folder.
-    with tempfile.TemporaryDirectory(prefix="suite-") as folder, open(f"{folder}/log", "w+") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="suite-", ignore_cleanup_errors=True) as folder,
+        open(f"{folder}/log", "w+") as log,
+    ):
         client = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.suite.one", workload.name, json.dumps(asdict(how))],
             cwd=folder,
@@ -112,8 +115,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; nothing is written", file=sys.stderr)
         sys.exit(130)
-    text = tables.section(rounds, workloads, about, notes)
-    print(text)
+    print(tables.section(rounds, workloads, about, notes))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
@@ -123,9 +125,13 @@ def main() -> None:
         facts = ", ".join(f"{name} {value}" for name, value in about.items() if name != "and")
         tables.plot(rounds, f"one client, one replica, medians of {options.rounds} rounds ({facts})", options.plot)
     if options.page:
-        if options.plot:
-            plot = seen_from(options.page, options.plot)
-            text = f"![Requests per second, and serial latency]({plot})\n\n{text}"
-        if options.json:
-            text += f"\nAll rounds are in [{options.json.name}]({seen_from(options.page, options.json)}).\n"
-        options.page.write_text(with_section(options.page.read_text(), text, tables.BEGIN, tables.END))
+        write_page(options.page, tables.section(rounds, workloads, about, notes), options.plot, options.json)
+
+
+def write_page(page: Path, text: str, plot: Path | None, rounds: Path | None) -> None:
+    """The text between the page's markers, with the plot above it and a link to the rounds below, if there are any."""
+    if plot:
+        text = f"![Requests per second, and serial latency]({seen_from(page, plot)})\n\n{text}"
+    if rounds:
+        text += f"\nAll rounds are in [{rounds.name}]({seen_from(page, rounds)}).\n"
+    page.write_text(with_section(page.read_text(), text, tables.BEGIN, tables.END))

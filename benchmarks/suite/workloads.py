@@ -54,7 +54,7 @@ WORKLOADS = (
     ),
     Workload(
         "callers", "Callers at the same time",
-        tuple(Row(f"{number} of `call`", f"{number} callers", "/s", f"floor {number} callers") for number in ("1", "64", "1000")),
+        tuple(Row(f"{number:,} of `call`", f"{number} callers", "/s", f"floor {number} callers") for number in (1, 64, 1_000)),
     ),
     Workload(
         "serial", "One request at a time",
