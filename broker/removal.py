@@ -14,6 +14,7 @@ from millstream.broker.supplying import Supplier
 from millstream.config import Settings
 
 REMOVE_WITHIN_S = 25.0  # longer than graceful_shutdown_timeout_s by default
+STEPS_AT_ONCE = 8  # redis-py opens a connection for each, and refuses the 101st
 
 
 class Removal:
@@ -22,6 +23,7 @@ class Removal:
     def __init__(self, client: Control, settings: Settings) -> None:
         self._client: Any = client
         self._supplier = Supplier(settings, lambda call: run(client, call))
+        self._steps = anyio.CapacityLimiter(STEPS_AT_ONCE)
 
     async def close(self, keys: DeploymentKeys, revision: str) -> bool:
         """Take nothing more; the launchers drain its replicas. False if it was deployed anew since that revision."""
@@ -36,11 +38,18 @@ class Removal:
                 removals.start_soon(self._finish_one, keys)
 
     async def _finish_one(self, keys: DeploymentKeys) -> None:
-        await self._discard(keys, running=False)
+        async with self._steps:
+            await self._discard(keys, running=False)
         with anyio.move_on_after(REMOVE_WITHIN_S):
-            while await self._has_living_replicas(keys) and not await self._client.exists(keys.config):  # noqa: ASYNC110
+            while await self._is_draining(keys):  # noqa: ASYNC110
                 await anyio.sleep(0.02)
-        await self._delete(keys)
+        async with self._steps:
+            await self._delete(keys)
+
+    async def _is_draining(self, keys: DeploymentKeys) -> bool:
+        """It has replicas, and was not deployed again."""
+        async with self._steps:
+            return await self._has_living_replicas(keys) and not await self._client.exists(keys.config)
 
     async def step(self, keys: DeploymentKeys) -> bool:
         """As `finish`, without waiting. True when a closed deployment is gone, or was deployed again."""

@@ -280,6 +280,16 @@ async def test_deleted_application_leaves_its_results_and_nothing_else(
     assert {await read_state(redis, keys, ref) for ref in open_refs} == {State.CANCELLED}
 
 
+async def test_application_of_more_deployments_than_a_client_has_connections_can_be_deleted(
+    redis: Control, registry: Registry
+) -> None:
+    await registry.deploy("app", "D0", [new(f"D{number}") for number in range(120)])
+
+    await registry.delete("app")
+
+    assert {name.decode() async for name in redis.scan_iter()} == {ALL.changes}
+
+
 async def test_unknown_application_cannot_be_deleted(registry: Registry) -> None:
     assert not await registry.delete("app")
 
