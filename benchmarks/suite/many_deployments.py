@@ -32,12 +32,13 @@ def several(number: int, **options: Any) -> Any:
 
 
 async def calls(name: str, how: How) -> None:
-    """Requests per second of the ten in turn, and how much of a core launcher and autoscaler take meanwhile."""
+    """Requests per second of the ten in turn, and how much of a core each party takes meanwhile."""
     await asyncio.sleep(SETTLE_S)
     handles = [serve.get_deployment_handle(f"D{n}", "active") for n in range(ACTIVE)]
     assert [await handle.call(1) for handle in handles] == [1] * ACTIVE
     turns, found = cycle(handles), parties()
-    meter, began = Meter(control=found["launcher"] + found["autoscaler"]), time.perf_counter()
+    meter = Meter(launcher=found["launcher"], autoscaler=found["autoscaler"], server=found["server"])
+    began = time.perf_counter()
     say(**{name: await callers_rate(lambda x: next(turns).call(x), 1, CALLERS, 2 * how.seconds)})
     took_s = time.perf_counter() - began
-    say(**{f"{name}, control": meter.used_us()["control"] / took_s / 1e4})
+    say(**{f"{name}, {party}": used / took_s / 1e4 for party, used in meter.used_us().items()})

@@ -108,8 +108,11 @@ WORKLOADS = (
         (
             Row("alone, 64 callers in turn", "alone", "/s"),
             Row("beside the others", "many", "/s"),
-            Row("launcher and autoscaler meanwhile, alone", "alone, control", "%"),
-            Row("launcher and autoscaler meanwhile, beside the others", "many, control", "%"),
+            *(
+                Row(f"CPU of the {party} meanwhile, {how}", f"{name}, {party}", "%")
+                for party in ("launcher", "autoscaler", "server")
+                for name, how in (("alone", "alone"), ("many", "beside the others"))
+            ),
             Row("until the others were deployed", "many, deploy", "s"),
         ),
         limit_s=600.0,
