@@ -118,7 +118,7 @@ def _in_order(source: Source, how: How) -> Iterator[Any]:
     turnstile = _Turnstile()
     make = partial(Item, turnstile.tell)
     while True:
-        if len(in_flight) <= refill_at or not in_flight[0].is_over:
+        if not source.is_over and (len(in_flight) <= refill_at or not in_flight[0].is_over):
             while sent := source.send(most - len(in_flight), make):
                 in_flight += sent
         if not in_flight:
@@ -140,7 +140,7 @@ def _as_completed(source: Source, how: How) -> Iterator[Any]:
     most, refill_at = how.bounds()
     in_flight = 0
     while True:
-        if in_flight <= refill_at or ended.empty():
+        if not source.is_over and (in_flight <= refill_at or ended.empty()):
             while sent := source.send(most - in_flight, make):
                 in_flight += len(sent)
         if not in_flight:
@@ -235,7 +235,7 @@ async def _in_order_async(source: AsyncSource, how: How) -> AsyncIterator[Any]:
     bell = _Bell()
     make = partial(Item, bell.tell)
     while True:
-        if len(in_flight) <= refill_at or not in_flight[0].is_over:
+        if not source.is_over and (len(in_flight) <= refill_at or not in_flight[0].is_over):
             while sent := await source.send_soon(most - len(in_flight), make):
                 in_flight += sent
         if not in_flight:
@@ -262,7 +262,7 @@ async def _as_completed_async(source: AsyncSource, how: How) -> AsyncIterator[An
     make = partial(Item, tell)
     most, refill_at = how.bounds()
     while True:
-        if in_flight <= refill_at or not ended:
+        if not source.is_over and (in_flight <= refill_at or not ended):
             while sent := await source.send_soon(most - in_flight, make):
                 in_flight += len(sent)
         if not in_flight:

@@ -48,6 +48,7 @@ class Source:
         self._items: Iterator[Any] = iter(items)
         self._count = 0
         self._error: Exception | None = None
+        self.is_over = False  # there are no more items
 
     def send(self, most: int, make: Make[P], *, until_queued: bool = False) -> list[P]:
         """None sent: there are no more, or none were wanted. `make` makes who waits for each."""
@@ -70,7 +71,7 @@ class Source:
             if time.monotonic() > until_s:
                 return  # items that come slowly are not kept waiting for each other
         if len(rows) < most:
-            self._items = iter(())  # some would begin again
+            self._items, self.is_over = iter(()), True  # some iterators would begin again
 
     def _send_rows(self, rows: list[Row], make: Make[P], until_queued: bool) -> list[P]:
         sent: list[P] = []
@@ -83,7 +84,7 @@ class Source:
         return sent
 
     def _end(self, error: Exception) -> None:
-        self._items, self._error = iter(()), error
+        self._items, self._error, self.is_over = iter(()), error, True
 
 
 class AsyncSource(Source):
@@ -103,7 +104,7 @@ class AsyncSource(Source):
         try:
             rows.append(self._row_of(await anext(self._async_items)))
         except StopAsyncIteration:
-            self._async_items = None
+            self._async_items, self.is_over = None, True
         except Exception as e:
             self._end(e)
         return self._send_rows(rows, make, until_queued)

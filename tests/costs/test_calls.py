@@ -11,27 +11,27 @@ pytestmark = pytest.mark.single_server
 # Of each request. Behind each bound is what was measured, with Python 3.11; later ones make fewer calls of the same code.
 BOUNDS: dict[Workload, dict[str, float]] = {
     MAP: {
-        "calls by the client": 58,  # 49.6
-        "calls by the replica": 34,  # 28.7
+        "calls by the client": 42,  # 35.7
+        "calls by the replica": 35,  # 29.7
     },
     REFILLED_MAP: {
-        "calls by the client": 53,  # 45.3
-        "calls by the replica": 34,  # 28.7
+        "calls by the client": 43,  # 36.9
+        "calls by the replica": 35,  # 29.7
     },
     SYNC_MAP: {
-        "calls by the client": 57,  # 48.5
-        "calls by the replica": 34,  # 28.7
+        "calls by the client": 42,  # 35.6
+        "calls by the replica": 35,  # 29.7
     },
     CONCURRENT_CALLS: {
         "calls by the client": 57,  # 48.3
-        "calls by the replica": 37,  # 31.1 to 31.6
+        "calls by the replica": 37,  # 31.1 to 32.2
     },
     SERIAL_CALLS: {
-        "calls by the client": 134,  # 112
+        "calls by the client": 134,  # 112 to 116
         "calls by the replica": 148,  # 125
     },
     MAP_REFS: {
-        "calls by the client": 51,  # 43.3
+        "calls by the client": 50,  # 42.2
         "calls by the replica": 0.1,  # 0.01
     },
 }

@@ -14,8 +14,8 @@ BOUNDS: dict[Workload, dict[str, float]] = {
     MAP: {
         "XADD": 1,  # 1
         "SETEX": 1,  # 1
-        "other commands in scripts": 0.25,  # 0.211
-        "submit scripts": 0.019,  # 0.016: 64 requests in each
+        "other commands in scripts": 0.32,  # 0.273
+        "submit scripts": 0.037,  # 0.0315: 32 requests in each
         "claim scripts": 0.002,  # 0.0015: the others are direct reads
         "claims and reads": 0.026,  # 0.0215: 50 requests in each
         "finish scripts": 0.024,  # 0.020: 50 requests in each
@@ -26,8 +26,8 @@ BOUNDS: dict[Workload, dict[str, float]] = {
     SYNC_MAP: {
         "XADD": 1,  # 1
         "SETEX": 1,  # 1
-        "other commands in scripts": 0.25,  # 0.211
-        "submit scripts": 0.019,  # 0.016
+        "other commands in scripts": 0.32,  # 0.273
+        "submit scripts": 0.037,  # 0.0315
         "claim scripts": 0.002,  # 0.0015: the others are direct reads
         "claims and reads": 0.026,  # 0.0215
         "finish scripts": 0.024,  # 0.020
@@ -62,8 +62,8 @@ BOUNDS: dict[Workload, dict[str, float]] = {
     MAP_REFS: {
         "XADD": 1,  # 1
         "SETEX": 0,  # 0
-        "other commands in scripts": 0.076,  # 0.064
-        "submit scripts": 0.019,  # 0.016: 64 requests in each
+        "other commands in scripts": 0.15,  # 0.126
+        "submit scripts": 0.037,  # 0.0315: 32 requests in each
         "claims and reads": 0,  # 0
         "finish scripts": 0,  # 0
         "other commands sent": 0.001,  # 0
