@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UP_TO_DATE := $(VENV)/up-to-date
+DURABLE := submit,end_to_end,callers,serial
 
 # A virtual environment that happens to be active has nothing to say here. And bytecode is kept: without it, each of the
 # many processes compiles all of millstream for a second before it begins.
@@ -40,8 +41,9 @@ format: setup ## what `make check` would like to see
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## what millstream does on this machine, into docs/performance.md; about 15 minutes
+bench: setup ## what millstream does on this machine, into docs/performance.md; about 20 minutes
 	$(BIN)/python -m benchmarks.suite --json docs/figures/bench.json --plot docs/figures/bench.svg --page docs/performance.md
+	$(BIN)/python -m benchmarks.suite --aof --only $(DURABLE) --json docs/figures/bench-aof.json --page docs/performance.md
 
 bench-peers: setup ## millstream beside ten queues, Ray Serve and the floor, into docs/benchmarks.md; about 10 minutes
 	$(BIN)/python -m benchmarks.peers --json docs/figures/peers.json --plot docs/figures/peers.svg --page docs/benchmarks.md

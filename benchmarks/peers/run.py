@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.arguments import at_least_one, check_page, told
 from benchmarks.peers import report
 from benchmarks.peers.systems import SYSTEMS, System, module
 from benchmarks.processes import kill_all
@@ -130,8 +131,10 @@ def prepare(systems: Iterable[System], cache: Path) -> tuple[dict[System, str], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", default="", help="some of " + ",".join(system.name for system in SYSTEMS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--systems", type=told(chosen), default="", help="some of " + ",".join(system.name for system in SYSTEMS)
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="about what one workload is to take")
     parser.add_argument("--aof", action="store_true", help="a durable server (AOF everysec)")
     parser.add_argument("--json", type=Path)
@@ -139,8 +142,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write the tables into this page, between its two markers")
     parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args()
-    systems = chosen(options.systems)
-    pythons, notes = prepare(systems, options.cache)
+    if options.page:
+        check_page(parser, options.page, report.BEGIN, report.END)
+    pythons, notes = prepare(options.systems, options.cache)
     results: report.Rounds = {system.name: [] for system in pythons}
     for number in range(options.rounds):
         for system, python in pythons.items():

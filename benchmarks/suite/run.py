@@ -18,12 +18,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.arguments import at_least_one, check_page, told
 from benchmarks.peers.report import short, with_section
 from benchmarks.peers.run import ROOT, environment, parse, seen_from
 from benchmarks.processes import kill_all
 from benchmarks.suite import tables
 from benchmarks.suite.how import How
-from benchmarks.suite.workloads import Workload, chosen
+from benchmarks.suite.workloads import WORKLOADS, Workload, chosen
 
 END_S = 30.0  # for what was interrupted, to end its processes
 
@@ -90,24 +91,29 @@ def in_words(figures: dict[str, float]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="some of " + ",".join(workload.name for workload in chosen("")))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--only", type=told(chosen), default="", help="some of " + ",".join(workload.name for workload in WORKLOADS)
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="about what one figure is to take")
     parser.add_argument(
         "--aof", action="store_true", help="a durable server (AOF everysec), as `millstream run` has it"
     )
-    parser.add_argument("--deployments", type=int, default=1_000, help="of many_deployments")
-    parser.add_argument("--backlog", type=int, default=1_000_000, help="requests that wait in backlog")
+    parser.add_argument("--deployments", type=at_least_one, default=1_000, help="of many_deployments")
+    parser.add_argument("--backlog", type=at_least_one, default=1_000_000, help="requests that wait in backlog")
     parser.add_argument("--idle-seconds", type=float, default=20.0, help="how long idle looks on")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--page", type=Path, help="write the tables into this page, between its two markers")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.page:
+        check_page(parser, options.page, *tables.markers(aof=options.aof))
+    return options
 
 
 def main() -> None:
     options = arguments()
-    workloads = chosen(options.only)
+    workloads = options.only
     how = How(options.seconds, options.aof, options.deployments, options.backlog, options.idle_seconds)
     about = environment([], aof=options.aof)
     try:
@@ -125,13 +131,14 @@ def main() -> None:
         facts = ", ".join(f"{name} {value}" for name, value in about.items() if name != "and")
         tables.plot(rounds, f"one client, one replica, medians of {options.rounds} rounds ({facts})", options.plot)
     if options.page:
-        write_page(options.page, tables.section(rounds, workloads, about, notes), options.plot, options.json)
+        text = tables.section(rounds, workloads, about, notes)
+        write_page(options.page, text, options.plot, options.json, aof=options.aof)
 
 
-def write_page(page: Path, text: str, plot: Path | None, rounds: Path | None) -> None:
+def write_page(page: Path, text: str, plot: Path | None, rounds: Path | None, *, aof: bool = False) -> None:
     """The text between the page's markers, with the plot above it and a link to the rounds below, if there are any."""
     if plot:
         text = f"![Requests per second, and serial latency]({seen_from(page, plot)})\n\n{text}"
     if rounds:
         text += f"\nAll rounds are in [{rounds.name}]({seen_from(page, rounds)}).\n"
-    page.write_text(with_section(page.read_text(), text, tables.BEGIN, tables.END))
+    page.write_text(with_section(page.read_text(), text, *tables.markers(aof=aof)))

@@ -9,7 +9,6 @@ from benchmarks.suite.workloads import Row, Workload
 
 Rounds = list[dict[str, float]]
 
-BEGIN, END = "<!-- written by benchmarks.suite: begin -->", "<!-- written by benchmarks.suite: end -->"
 RATES = {
     "bulk submit": ("submit", "floor submit"),
     "map": ("map", "floor map"),
@@ -28,6 +27,12 @@ TIMES = {
     "chain of three": ("chain alone, p50", ""),
     "ten refs": ("fan-in alone, p50", ""),
 }
+
+
+def markers(*, aof: bool) -> tuple[str, str]:
+    """The two lines of a page between which the figures go; those of a durable server have a place of their own."""
+    command = "benchmarks.suite --aof" if aof else "benchmarks.suite"
+    return f"<!-- written by {command}: begin -->", f"<!-- written by {command}: end -->"
 
 
 def cell(rounds: Rounds, figure: str, unit: str) -> str:

@@ -14,9 +14,10 @@ from benchmarks.suite.backlog import rate
 from benchmarks.suite.how import How
 from benchmarks.suite.parties import memory_mib, party_of
 from benchmarks.suite.run import in_words, measure, write_page
-from benchmarks.suite.tables import BEGIN, END, cell, plot, section, share, table
+from benchmarks.suite.tables import cell, markers, plot, section, share, table
 from benchmarks.suite.workloads import WORKLOADS, Row, Workload, chosen
 
+BEGIN, END = markers(aof=False)
 ROOT = Path(__file__).parents[2]
 ROUNDS = [{"map": 10_000.0, "floor map": 50_000.0}, {"map": 30_000.0, "floor map": 40_000.0}, {"map": 20_000.0}]
 MAP = Row("map", "map", "/s", floor="floor map")
@@ -67,10 +68,13 @@ def test_page_gets_tables_plot_and_a_link_to_the_rounds(tmp_path: Path) -> None:
     assert text.count("(figures/bench.svg)") == text.count("[bench.json](figures/bench.json)") == 1
 
 
-def test_page_of_the_figures_has_the_markers() -> None:
+def test_page_of_the_figures_has_a_place_for_those_of_each_kind_of_server() -> None:
     page = (ROOT / "docs/performance.md").read_text()
 
-    assert "text\n" in with_section(page, "text", BEGIN, END)
+    once = with_section(page, "of one", *markers(aof=False))
+    both = with_section(once, "of a durable one", *markers(aof=True))
+
+    assert "of one\n" in both and "of a durable one\n" in both
 
 
 def test_workloads_are_chosen_by_name_and_all_if_none_is_named() -> None:
