@@ -15,7 +15,7 @@ from redis.crc import key_slot
 
 from millstream.broker import link as single
 from millstream.broker.call import Call
-from millstream.broker.link import CONNECT_TIMEOUT_S, UNREACHABLE, Callback, Link, cannot_reach, connect
+from millstream.broker.link import UNREACHABLE, Callback, Link, cannot_reach, connect
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 
@@ -123,11 +123,7 @@ async def dial_everywhere(
 
 
 async def _to_node(settings: Settings, url: str, name: str, on_message: Callable[[bytes], None] | None) -> Link:
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            return await connect(url, name, on_message)
-    except UNREACHABLE as e:
-        raise cannot_reach(settings, e) from e
+    return await single.in_time(settings, lambda: connect(url, name, on_message))
 
 
 class ClusterLink(Link):
@@ -159,6 +155,9 @@ class ClusterLink(Link):
         self._end()
         for link in self._links.values():
             link.finish()
+
+    def ends(self) -> list[asyncio.Future[None]]:
+        return [link.lost for link in self._links.values()]
 
     def close(self) -> None:
         self._end()

@@ -71,9 +71,14 @@ class Endings:
         while True:
             try:
                 await self._lines.link()
+                on_their_way = self._hub.on_their_way(
+                    route, refs
+                )  # before we ask: they may be there when the answer is
                 ended, gone = await self._run_cancel(route, refs)
                 for ref in gone:
-                    if await self._forestall(route, ref) or (is_repeated and await self._is_cancelled(route, ref)):
+                    if (ref in on_their_way and await self._forestall(route, ref)) or (
+                        is_repeated and await self._is_cancelled(route, ref)
+                    ):
                         ended.append(ref)
                 return ended
             except BrokerUnavailableError:
@@ -92,19 +97,17 @@ class Endings:
 
     async def _forestall(self, route: Route, ref: bytes) -> bool:
         """A request of ours that the server does not know may still reach it: see to it that it ends then."""
-        while self._hub.may_be_on_its_way(route, ref):
-            call = scripts.forestall(route.keys, ref.decode(), outcomes.ENDED_TTL_S, CANCELLED)
-            match await self._lines.run(call):
-                case Forestalled.FORESTALLED:
-                    self._hub.take_back(route, ref)
-                    self._fail(route, ref, outcomes.cancelled(route.tag, ref, CANCELLED.encode()))
-                    return True
-                case Forestalled.OPEN:
-                    ended, _ = await self._run_cancel(route, [ref])
-                    return bool(ended)
-                case Forestalled.ENDED:
-                    return False
-        return False
+        call = scripts.forestall(route.keys, ref.decode(), outcomes.ENDED_TTL_S, CANCELLED)
+        match await self._lines.run(call):
+            case Forestalled.FORESTALLED:
+                self._hub.take_back(route, ref)
+                self._fail(route, ref, outcomes.cancelled(route.tag, ref, CANCELLED.encode()))
+                return True
+            case Forestalled.OPEN:
+                ended, _ = await self._run_cancel(route, [ref])
+                return bool(ended)
+            case _:
+                return False
 
     async def _is_cancelled(self, route: Route, ref: bytes) -> bool:
         """After a lost answer: was it us who ended it? (Or somebody else, just as we would have.)"""

@@ -10,7 +10,7 @@ import itertools
 import os
 import string
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
 from millstream.broker import outcomes, scripts
 from millstream.broker.codec import Verified
@@ -108,9 +108,14 @@ class Engine:
                 return one
         return None
 
+    def on_their_way(self, route: Route, refs: Iterable[bytes]) -> set[bytes]:
+        """Those of these refs that we send, and the server has not said that it has them."""
+        sent = self.sender.on_their_way(route)
+        return {ref for ref in refs if ref in sent or self.chores.is_sending(ref)}
+
     def may_be_on_its_way(self, route: Route, ref: bytes) -> bool:
         """Do we send it, and the server has not said that it has it?"""
-        return self.chores.is_sending(ref) or self.sender.may_be_on_its_way(route, ref)
+        return bool(self.on_their_way(route, [ref]))
 
     def take_back(self, route: Route, ref: bytes) -> bool:
         """Do not send a request (again). False if it is under way just now, or with the server."""

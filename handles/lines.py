@@ -42,7 +42,7 @@ class Lines:
         self.bulk = Bulk(settings, name, patience_s=PATIENCE_S)
         self._connector: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._ending: list[asyncio.Future[None]] = []
+        self._leaving: list[Link] = []  # after `close`
         self.is_closed = False
 
     @property
@@ -82,9 +82,10 @@ class Lines:
     def close(self) -> None:
         """Close the links for good; what was sent last still goes out."""
         self.is_closed = True
-        self._ending = [link.lost for link in (self.commands, self.replies) if link is not None]
+        self._leaving = [link for link in (self.commands, self.replies) if link is not None]
         if self.commands is not None:
             self.commands.finish()
+            self.commands = None
         for task in (self._connector, self._connecting):
             if task is not None:
                 task.cancel()
@@ -93,8 +94,11 @@ class Lines:
 
     async def until_ended(self) -> None:
         """After `close`, and before the end of the loop: TLS says goodbye to the server, and hears its answer."""
-        if self._ending:
-            await asyncio.wait(self._ending, timeout=GOODBYE_S)
+        if ends := [end for link in self._leaving for end in link.ends()]:
+            await asyncio.wait(ends, timeout=GOODBYE_S)
+            for link in self._leaving:
+                link.close()  # of a server that does not answer
+            await asyncio.wait(ends, timeout=GOODBYE_S)
 
     async def _connect(self) -> None:
         if self._connecting is None:

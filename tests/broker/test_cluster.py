@@ -23,12 +23,14 @@ from millstream.broker.sweeper import Sweeper
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError, ConfigError
 from tests.access import make_user
+from tests.broker.raw import Raw
 from tests.cluster import Cluster
 from tests.helpers import new_ref, request, wait_until
 from tests.servers import AnyServer, Server, free_port
 
 pytestmark = [pytest.mark.anyio, pytest.mark.any_server]
 SECRET = b"a secret for tests"
+PRIMARIES = 3
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,15 @@ async def test_cancelled_held_and_swept_in_every_part_of_the_slots(
         await wait_until(is_queued)
 
 
+async def test_link_has_ended_when_its_connections_to_all_nodes_have(link: Link) -> None:
+    ends = link.ends()
+
+    link.finish()
+    await asyncio.wait_for(asyncio.wait(ends), 5)
+
+    assert len(ends) == PRIMARIES
+
+
 async def test_messages_come_from_every_part_of_the_slots(settings: Settings) -> None:
     heard: list[bytes] = []
     replies = await dial_everywhere(settings, "test", heard.append)
@@ -221,8 +232,8 @@ async def test_large_values_go_to_every_part_of_the_slots(settings: Settings) ->
         keys = DeploymentKeys("ms", tag)
         key = keys.value(new_ref(), "-")
 
-        await bulk.write(keys, key, [value], 10_000)
-        read = await bulk.read(key, len(value))
+        await bulk.write(keys, key, Raw(value), 10_000)
+        read = await bulk.read(key, len(value), Raw)
 
         assert read is not None and bytes(read) == value
     bulk.close()

@@ -204,6 +204,26 @@ async def test_server_that_accepts_and_never_answers_is_down(monkeypatch: pytest
             await dial(Settings(f"redis://:hunter2@127.0.0.1:{port}"), "test")
 
 
+async def test_machine_that_stood_still_while_it_connected_tries_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, tries = link_module.connect, list[str]()
+
+    async def connect(url: str, *rest: Any) -> Link:
+        tries.append(url)
+        if len(tries) == 1:
+            raise TimeoutError
+        return await original(url, *rest)
+
+    monkeypatch.setattr(link_module, "connect", connect)
+
+    link = await dial(Settings(server.url), "test")
+
+    assert await link.ask("PING") == b"PONG"
+    assert tries == [server.url] * 2
+    link.close()
+
+
 async def test_something_that_is_no_redis_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def answer_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")

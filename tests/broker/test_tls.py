@@ -14,6 +14,7 @@ from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import dial
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
+from tests.broker.raw import Raw
 from tests.certificates import Authority
 from tests.tls import TlsServer, start_tls_server
 
@@ -68,8 +69,8 @@ async def test_large_value_goes_there_and_back(tls: TlsServer) -> None:
     bulk, keys = Bulk(Settings(tls.url()), "test", patience_s=1), DeploymentKeys("ms", "app.Model")
     value = b"0123456789" * 500_000
 
-    await bulk.write(keys, keys.value("r" * 22, "-"), [value], 10_000)
-    read = await bulk.read(keys.value("r" * 22, "-"), len(value))
+    await bulk.write(keys, keys.value("r" * 22, "-"), Raw(value), 10_000)
+    read = await bulk.read(keys.value("r" * 22, "-"), len(value), Raw)
 
     assert read is not None and bytes(read) == value
     bulk.close()

@@ -17,7 +17,9 @@ from millstream.broker.states import State
 from millstream.config import Settings
 from millstream.errors import RefNotFoundError, RequestCancelledError
 from millstream.handles import endings, engines
+from millstream.handles.endings import Endings
 from millstream.handles.ref import ObjectRef
+from millstream.handles.route import Route
 from tests.handles.elsewhere import run_elsewhere
 from tests.handles.held import Model, Notes, in_state
 from tests.helpers import read_state, read_states, wait_until
@@ -239,6 +241,34 @@ async def test_sync_code_cancels_from_any_thread(serving: Serving, cancel: Any) 
 
     with pytest.raises(RequestCancelledError):
         await ref
+
+
+async def test_request_that_arrives_just_behind_its_cancel_is_cancelled(
+    serving: Serving, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another connection may carry the cancel; both answers may then come at the same time."""
+    handle = serving(Model, notes, max_ongoing_requests=1)
+    holding = await handle.remote(1)
+    original, asked = Endings._run_cancel, list[bytes]()
+
+    async def run_cancel(self: Endings, route: Route, refs: list[bytes]) -> Any:
+        asked.extend(refs)
+        if len(asked) > 1:
+            return await original(self, route, refs)
+        await wait_until(lambda: not engines.current().on_their_way(route, refs))
+        return [], refs  # the cancel was there first
+
+    monkeypatch.setattr(Endings, "_run_cancel", run_cancel)
+    monkeypatch.setattr(Endings, "_was_never_sent", lambda self, ref: False)
+    ref = handle.remote(2).ref
+
+    assert await ref.acancel() is True
+
+    with pytest.raises(RequestCancelledError):
+        await asyncio.wait_for(ref, 5)
+    notes.gate.open()
+    await holding
+    assert notes.started == [1]
 
 
 async def test_sync_code_on_the_loop_itself_cancels_what_that_loop_has_not_even_sent(

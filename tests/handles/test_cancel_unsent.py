@@ -268,6 +268,7 @@ async def test_loop_that_ends_with_unmatched_requests_ends_in_silence(serving: S
         from millstream.handles.handle import DeploymentHandle
 
         async def main():
+            asyncio.get_running_loop().slow_callback_duration = 60  # says nothing of a slow machine
             handle = DeploymentHandle("Model", "app")
             await handle.options(block_until="queued").remote(0)
             for x in range(5):

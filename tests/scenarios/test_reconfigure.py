@@ -206,7 +206,7 @@ def test_replica_killed_while_it_reconfigures_is_replaced_by_one_of_the_new_conf
 
     deploying = threading.Thread(target=run, kwargs={"user_config": config})
     deploying.start()
-    wait_for(lambda: deployed_config()["user_config"] == config)
+    wait_for((tmp_path / "go.waiting").exists)
     late = handle.options(block_until="queued").remote()
     os.kill(pid, signal.SIGKILL)
     (tmp_path / "go").touch()

@@ -23,6 +23,7 @@ class Tuned:
         if self._inside:
             raise RuntimeError(f"{self._inside} requests are running")
         if config.get("wait_for"):
+            Path(config["wait_for"] + ".waiting").touch()  # noqa: ASYNC240
             while not os.path.exists(config["wait_for"]):  # noqa: ASYNC110, ASYNC240 - the test makes it
                 await asyncio.sleep(0.005)
         if config.get("die"):
