@@ -34,9 +34,9 @@ class Cell:
         "_error", "_large", "_on_end", "_on_match", "_stored", "_value", "codec", "is_matched", "is_private", "ref", "since",
     )  # fmt: skip
 
-    def __init__(self, codec: Codec, ref: bytes, *, is_private: bool = False) -> None:
+    def __init__(self, codec: Codec, ref: bytes, *, is_private: bool = False, since: float | None = None) -> None:
         self.codec, self.ref, self.is_private = codec, ref, is_private
-        self.since = time.monotonic()
+        self.since = time.monotonic() if since is None else since
         self.is_matched = False
         self._stored: bytes | None = None
         self._large: Verified | None = None  # the value, where it lies in a key of its own

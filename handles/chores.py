@@ -139,7 +139,7 @@ class Chores:
 
     async def _offer(self, request: Request) -> Submitted | None:
         """Have the server take the request; None if its caller has given it up meanwhile."""
-        await self._large.seal(request)
+        self._large.seal(request)
         ref, was_written = request.pending.ref, request.is_written
         if request.payload is not None and not was_written and not request.is_shared:
             await self._large.write_arguments(request)

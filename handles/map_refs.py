@@ -32,11 +32,12 @@ class _Refs:
         self._is_shared = handle._options.idempotency_key is not None
 
     def add(self, cells: list[Cell]) -> None:
-        for cell in cells:
-            ref = ObjectRef(cell.ref_id, cell, self._engine)
-            if self._is_shared:
+        engine = self._engine
+        refs = [ObjectRef(cell.ref_id, cell, engine) for cell in cells]
+        if self._is_shared:
+            for ref in refs:
                 ref.share()
-            self.refs.append(ref)
+        self.refs += refs
         self._cells += cells
 
     def next_unconfirmed(self, most: int) -> Cell | None:
@@ -45,6 +46,9 @@ class _Refs:
             cell = self._cells[self._confirmed]
             if not cell.is_matched:
                 return cell
+            if not cell.has_ended:
+                self._confirmed += 1
+                continue
             try:
                 cell.raise_if_lost()
             except Exception as e:
@@ -96,4 +100,4 @@ async def async_map_refs(self: _Sends, iterable: Iterable[Any] | AsyncIterable[A
 
 
 def _cell(codec: Codec, ref: bytes, since: float, number: int) -> Cell:
-    return Cell(codec, ref)
+    return Cell(codec, ref, since=since)

@@ -25,8 +25,8 @@ class Recovery:
 
     def __init__(self, hub: Hub, send: Callable[[Request], None]) -> None:
         self._hub, self._send = hub, send
-        self._new: list[tuple[Route, Batch]] = []  # sorted in at the next tick: most have ended by then
-        self._kept: dict[bytes, tuple[Route, list[Any]] | Request] = {}
+        self._batches: list[tuple[Route, Batch]] = []  # as they were sent
+        self._kept: dict[bytes, tuple[Route, list[Any]] | Request] = {}  # one by one
         self._size_bytes = 0
         self._under_way: set[bytes] = set()
 
@@ -35,8 +35,8 @@ class Recovery:
         if self._under_way:
             self._under_way.difference_update(batch.requests[::FIELDS])
         if self._size_bytes < MOST_KEPT_BYTES:
-            self._new.append((route, batch))
-            self._size_bytes += batch.size_bytes
+            self._batches.append((route, batch))
+            self._size_bytes += batch.envelope_bytes
 
     def keep_request(self, request: Request) -> None:
         """As `keep`, of one that took more than one step to send."""
@@ -46,26 +46,42 @@ class Recovery:
             self._size_bytes += request.size_bytes
 
     def prune(self) -> None:
-        """Forget what has ended. Once per tick."""
-        pending, kept = self._hub.pending, self._kept
-        for route, batch in self._new:
-            for i in range(0, len(batch.requests), FIELDS):
-                if batch.requests[i] in pending:
-                    kept[batch.requests[i]] = (route, batch.requests[i : i + FIELDS])
-        self._new.clear()
-        if kept:
-            self._kept = {ref: one for ref, one in kept.items() if ref in pending}
+        """Forget what has ended. Once per tick, in which a million may wait: so by batches, most of whose requests end at the
+        same time, and which is looked into when its last one has."""
+        pending, batches = self._hub.pending, self._batches
+        self._batches = [one for one in batches if one[1].requests[-FIELDS] in pending]
+        if len(self._batches) < len(batches):
+            for route, batch in batches:
+                if batch.requests[-FIELDS] not in pending and (others := self._still_pending(batch.requests)):
+                    self._batches.append((route, Batch(others)))
+        if self._kept:
+            self._kept = {ref: one for ref, one in self._kept.items() if ref in pending}
         if self._under_way:
             self._under_way.intersection_update(pending)
-        self._size_bytes = sum(map(_size_of, self._kept.values()))
+        kept = (one.size_bytes if isinstance(one, Request) else len(one[1][-1]) for one in self._kept.values())
+        self._size_bytes = sum(batch.envelope_bytes for _, batch in self._batches) + sum(kept)
+
+    def _still_pending(self, requests: list[Any]) -> list[Any]:
+        pending, still = self._hub.pending, list[Any]()
+        for i in range(0, len(requests), FIELDS):
+            if requests[i] in pending:
+                still += requests[i : i + FIELDS]
+        return still
+
+    def _take_apart(self) -> None:
+        """The server has lost something: from now on each request for itself."""
+        batches, self._batches = self._batches, []
+        for route, batch in batches:
+            requests = self._still_pending(batch.requests)
+            for i in range(0, len(requests), FIELDS):
+                self._kept[requests[i]] = (route, requests[i : i + FIELDS])
 
     def takes(self, pending: Pending) -> bool:
         """The server does not know this request. If it may have lost it, that is looked into, and `pending` waits on."""
         ref = pending.ref
         if ref in self._under_way:
             return True  # the answer to a question of before
-        if self._new:
-            self.prune()
+        self._take_apart()
         lost = self._kept.pop(ref, None)
         if lost is None:
             return False
@@ -126,7 +142,3 @@ class Recovery:
                     self._hub.answered(waiting, answer)
             while ref in self._under_way:  # noqa: ASYNC110 - rare, and it ends with an answer of the server
                 await asyncio.sleep(RETRY_S)
-
-
-def _size_of(kept: tuple[Route, list[Any]] | Request) -> int:
-    return kept.size_bytes if isinstance(kept, Request) else len(kept[1][-1])

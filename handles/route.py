@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
-from millstream.broker.codec import Codec, Verified, codec_for
+from millstream.broker.codec import Codec, Sealing, Verified, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.pickling import Pickled
 from millstream.config import Settings
 from millstream.handles.options import with_time_left
 
 FIELDS = 5  # of one request in a submit call: ref, lane, method, extras, envelope
+OVERHEAD_BYTES = 200  # of one request in memory, beside its envelope
 LATE_S = 0.005  # what leaves so long after it was made has less time left than it says
 
 
@@ -117,12 +118,22 @@ class Route:
 
 
 class Batch:
-    """One submit call that has not been answered."""
+    """The flat requests of one submit call."""
 
     __slots__ = ("requests", "size_bytes")
 
-    def __init__(self, requests: list[Any], size_bytes: int) -> None:
-        self.requests, self.size_bytes = requests, size_bytes
+    def __init__(self, requests: list[Any], size_bytes: int | None = None) -> None:
+        self.requests = requests
+        self.size_bytes = size_of(requests) if size_bytes is None else size_bytes
+
+    @property
+    def envelope_bytes(self) -> int:
+        return self.size_bytes - len(self.requests) // FIELDS * OVERHEAD_BYTES
+
+
+def size_of(requests: list[Any]) -> int:
+    """What flat requests take in memory."""
+    return sum(map(len, requests[FIELDS - 1 :: FIELDS])) + len(requests) // FIELDS * OVERHEAD_BYTES
 
 
 def shorten_deadlines(requests: list[Any], pending: Mapping[bytes, Pending]) -> None:
@@ -150,7 +161,7 @@ class Request:
     delay_ms: int = 0
     due_ms: int = 0  # on the server's clock
     arguments: Pickled | None = None  # where they are large
-    payload: list[bytes | memoryview] | None = None  # the envelope of those, in parts
+    payload: Sealing | None = None  # the envelope of those
     is_written: bool = False  # that payload, once at least
     is_shared: bool = False  # others may send the same request: it has an idempotency key
     acknowledged: asyncio.Future[None] | None = None  # or failed; made where somebody waits for it

@@ -16,13 +16,12 @@ from millstream.errors import BackPressureError, BrokerUnavailableError, Millstr
 from millstream.handles.hub import Hub
 from millstream.handles.lines import PATIENCE_S
 from millstream.handles.patience import RETRY_S, Answer, Line, Patient
-from millstream.handles.route import FIELDS, Batch, Pending, Route, shorten_deadlines
+from millstream.handles.route import FIELDS, OVERHEAD_BYTES, Batch, Pending, Route, shorten_deadlines, size_of
 
 FLUSH_REQUESTS = (
     32  # per script call: with more, client, server and replica wait for each other; with less, each call costs more
 )
 FLUSH_BYTES = 64 * 1024
-OVERHEAD_BYTES = 200  # of one request in the buffer, beside its envelope
 IN_THE_AIR = 3  # so many submit calls go out without waiting for an answer; then what comes waits to be sent together
 MOST_IN_THE_AIR = 100  # calls; what comes then stays in the buffer, whose size is bounded
 MOST_BYTES_IN_THE_AIR = 64 * 1024 * 1024
@@ -78,7 +77,7 @@ class Submitter:
             self._unqueued.update(requests[::FIELDS])
         self.sent += len(pendings)
         route.buffer += requests
-        route.buffered_bytes += _size_of(requests)
+        route.buffered_bytes += size_of(requests)
         if not route.is_ready:
             self._prepare(route)
         elif (
@@ -147,16 +146,19 @@ class Submitter:
         requests += line.requests() if line is not None else []
         return self._still_wanted(requests)
 
-    def may_be_on_its_way(self, route: Route, ref: bytes) -> bool:
-        """Is it sent, or to be sent, and the server has not said that it has it?"""
-        return ref in self.unsent(route) or any(ref in batch.requests[::FIELDS] for batch in route.unacknowledged)
+    def on_their_way(self, route: Route) -> set[bytes]:
+        """Refs that are sent, or to be sent, and of which the server has not said that it has them."""
+        found = self.unsent(route)
+        for batch in route.unacknowledged:
+            found.update(batch.requests[::FIELDS])
+        return found
 
     def take_back(self, route: Route, ref: bytes) -> bool:
         """Do not send a request (again). False if it is under way just now, or was sent before."""
         refs = route.buffer[::FIELDS]
         if ref in refs:
             i = refs.index(ref) * FIELDS
-            route.buffered_bytes -= _size_of(route.buffer[i : i + FIELDS])
+            route.buffered_bytes -= size_of(route.buffer[i : i + FIELDS])
             del route.buffer[i : i + FIELDS]
             return True
         line = self._patient.get(route.tag)
@@ -177,7 +179,7 @@ class Submitter:
     def send_again(self, route: Route, request: list[Any]) -> None:
         """One that the server had acknowledged, and has lost."""
         route.buffer += request
-        route.buffered_bytes += _size_of(request)
+        route.buffered_bytes += size_of(request)
         self._prepare(route)
 
     def flush(self, route: Route) -> None:
@@ -188,7 +190,7 @@ class Submitter:
         while route.buffer and route.in_the_air < MOST_IN_THE_AIR and route.bytes_in_the_air < MOST_BYTES_IN_THE_AIR:
             requests = route.buffer[: FIELDS * FLUSH_REQUESTS]
             del route.buffer[: FIELDS * FLUSH_REQUESTS]
-            batch = Batch(requests, _size_of(requests) if route.buffer else route.buffered_bytes)
+            batch = Batch(requests, size_of(requests) if route.buffer else route.buffered_bytes)
             route.buffered_bytes -= batch.size_bytes
             if self._hub.deadlines:
                 shorten_deadlines(requests, self._pending)
@@ -211,7 +213,7 @@ class Submitter:
             made = [self._pending[ref].since for ref in again[::FIELDS] if ref in self._pending]
             self._hub.drops.may_be_sent_twice(max(made, default=0.0))
             route.buffer[:0] = again
-            route.buffered_bytes = _size_of(route.buffer)
+            route.buffered_bytes = size_of(route.buffer)
             self.give_up_on_old(route, reply)
             if self._lines.is_connected:
                 self._hub.loop.call_later(RETRY_S, self.flush, route)
@@ -294,7 +296,7 @@ class Submitter:
 
     def _refuse_last(self, route: Route) -> None:
         ref = route.buffer[-FIELDS]
-        route.buffered_bytes -= _size_of(route.buffer[-FIELDS:])
+        route.buffered_bytes -= size_of(route.buffer[-FIELDS:])
         del route.buffer[-FIELDS:]
         self.refused(route, [ref], too_much(route))
 
@@ -357,7 +359,3 @@ def too_much(route: Route) -> BackPressureError:
 
 def _ignore(answer: Answer) -> None:
     """Of an adopted request: whoever made it looks after it."""
-
-
-def _size_of(buffer: list[Any]) -> int:
-    return sum(map(len, buffer[FIELDS - 1 :: FIELDS])) + len(buffer) // FIELDS * OVERHEAD_BYTES

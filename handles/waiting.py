@@ -121,6 +121,6 @@ def put(value: T) -> ObjectRef[T]:
     background = engines.background()
     engine = background.engine
     route, ref = engine.route(put_tag()), engine.new_ref()
-    seal = route.codec.seal if isinstance(body, bytes) else route.codec.seal_parts
+    seal = route.codec.seal if isinstance(body, bytes) else route.codec.sealing
     background.run(engine.large.put(route, ref, seal("value", ref, body), PUT_TTL_S))  # type: ignore[arg-type]
     return ObjectRef.from_id(f"{route.tag}~{ref.decode()}")

@@ -14,6 +14,7 @@ from millstream.config import Settings
 from millstream.errors import BackPressureError
 from millstream.handles import engines, submitter
 from millstream.handles.handle import DeploymentHandle
+from millstream.handles.route import size_of
 from tests.handles.elsewhere import run_elsewhere
 from tests.handles.held import Model, Notes
 from tests.handles.queues import LIMIT, full, patient, value_of, waiting
@@ -254,10 +255,10 @@ async def test_size_of_the_buffer_is_known_at_all_times(own_server: Server, serv
     await wait_until(lambda: engines.current().lines.commands is None)
     tasks = [handle.echo.remote(b"y" * x) for x in range(20)]
 
-    assert route.buffered_bytes == submitter._size_of(route.buffer) > 0
+    assert route.buffered_bytes == size_of(route.buffer) > 0
     for task in tasks[::2]:
         await task.ref.acancel()
-    assert route.buffered_bytes == submitter._size_of(route.buffer)
+    assert route.buffered_bytes == size_of(route.buffer)
     own_server.start()
 
     assert len(await asyncio.wait_for(asyncio.gather(*futures), 10)) == 300

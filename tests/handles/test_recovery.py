@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from millstream.errors import RefNotFoundError
-from millstream.handles import patrol
+from millstream.handles import engines, patrol
 from millstream.handles.handle import DeploymentHandle
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Serving
@@ -30,6 +30,20 @@ class Model:
 
     async def counted(self) -> Counter[Any]:
         return self.runs
+
+
+class OneIsSlow(Model):
+    """Only one value goes through the gate."""
+
+    def __init__(self, gate: Gate, slow: int) -> None:
+        super().__init__(gate)
+        self._slow = slow
+
+    async def __call__(self, x: Any) -> Any:
+        if x == self._slow:
+            return await super().__call__(x)
+        self.runs[x] += 1
+        return x
 
 
 class Disk:
@@ -71,6 +85,25 @@ async def test_requests_that_their_server_has_lost_are_sent_again_under_the_same
     assert await asyncio.wait_for(asyncio.gather(*refs), 20) == list(range(5))
     assert [ref.id for ref in refs] == ids
     assert await handle.counted.call() == dict.fromkeys(range(5), 2)
+
+
+@pytest.mark.parametrize("slow", [0, 4])
+async def test_of_requests_sent_together_those_that_have_not_ended_are_sent_again(
+    own_server: Server, serving_there: Serving, slow: int
+) -> None:
+    gate = Gate()
+    handle: DeploymentHandle[Any] = serving_there(OneIsSlow, gate, slow)
+    disk = Disk(own_server)
+    refs = [task.ref for task in [handle.remote(x) for x in range(5)]]
+    quick = [await ref for x, ref in enumerate(refs) if x != slow]
+    engines.current().recovery.prune()  # as at every tick: it forgets what has ended
+
+    await asyncio.to_thread(restart_without, own_server, disk)
+    gate.open()
+
+    assert await asyncio.wait_for(refs[slow], 20) == slow
+    assert quick == [x for x in range(5) if x != slow]
+    assert await handle.counted.call() == {x: 2 if x == slow else 1 for x in range(5)}
 
 
 async def test_chain_that_its_server_has_lost_is_sent_again(own_server: Server, serving_there: Serving) -> None:
