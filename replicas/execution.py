@@ -26,6 +26,7 @@ from millstream.replicas.expiry import Expiry
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
+from millstream.replicas.pace import Pace
 from millstream.replicas.producing import Producer
 from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
@@ -79,6 +80,7 @@ class Executor:
         self._prompt: dict[bytes, _Prompt] = {}  # name -> method, of those that were called before and cannot suspend
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
+        self.pace = Pace()
         self.running: dict[tuple[str, bytes], Running] = {}
         self.slot_freed = asyncio.Event()
 
@@ -283,8 +285,12 @@ class Executor:
         self._finisher.flush()
 
     def close(self) -> None:
-        """Let idle threads go; a thread still running user code ends with the process."""
+        """Cancel what still runs, without an outcome: it runs elsewhere. A thread in user code ends with the process."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for running in self.running.values():
+            running.is_taken = True
+            if running.future is not None:
+                running.future.cancel()
 
     def holds(self, lane: str, entry: bytes) -> bool:
         """Is this entry running here, or ended here with the server not yet knowing?"""
@@ -324,6 +330,8 @@ class Executor:
     def _ended(self, running: Running, done: asyncio.Future[Any]) -> None:
         if running.timer is not None:
             running.timer.cancel()
+        if running.job is not None:
+            self.pace.ended(running.since, self._loop.time())
         self.running.pop(running.attempt.place, None)
         self.slot_freed.set()
         attempt = running.attempt

@@ -9,13 +9,12 @@ from typing import Any
 from millstream.broker import scripts
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys
 from millstream.broker.link import Link
+from millstream.replicas import pace
 from millstream.replicas.execution import Executor
 
-DIRECT_READS, DIRECT_S = (
-    20,
-    0.01,
-)  # of a deep lane, and for how long, between two looks at all lanes: so long does what is
-# returned or urgent wait
+# Between two looks at all lanes, a deep one is read directly so many times, and for so long: so long does what is
+# returned or urgent wait. Not by a replica that takes few at a time: there the order counts, and a script costs little.
+DIRECT_READS, DIRECT_S, DIRECT_FROM = 20, 0.01, 8
 FEW, ONE_BY_ONE = 3, 4  # after more idle claims than that, so many are taken one by one
 log = logging.getLogger("millstream.replica")
 
@@ -24,32 +23,47 @@ class Intake:
     """Claims over a connection of its own, so that a blocking read delays nothing else."""
 
     def __init__(
-        self, keys: DeploymentKeys, replica: str, executor: Executor, max_ongoing: int, block_s: float
+        self,
+        keys: DeploymentKeys,
+        replica: str,
+        executor: Executor,
+        max_ongoing: int,
+        block_s: float,
+        *,
+        may_take_ahead: bool = False,
     ) -> None:
         self._keys, self._replica = keys, replica
         self._executor, self._block_ms = executor, int(block_s * 1000)
-        # Half of the slots at a time: while one half runs, the claim of the other is in the air.
-        self.resize(max_ongoing)
+        self.resize(max_ongoing, may_take_ahead=may_take_ahead)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
         self._direct_reads, self._direct_until, self._direct_lane, self._was_direct = 0, 0.0, b"", False
         self._idle_claims = 0  # in a row: they have found nothing
         self.is_draining = False
         self.is_paused = False  # nothing new starts; what has been claimed goes back to its lane
         self._may_start_more = False  # a claim is in the air, or about to be
+        self._asked, self._is_backlog = 0, False  # did the last claim bring as many as it asked for?
+        self._overdue: asyncio.TimerHandle | None = None  # while something waits here that was taken ahead
         self.on_unreadable: Callable[[str, bytes, str], None] | None = None  # lane, entry, why
+        self.on_overdue: Callable[[], None] | None = None  # what was taken ahead has waited too long
 
     @property
     def free(self) -> int:
+        """So many can start now."""
         return 0 if self.is_paused else self._max_ongoing - len(self._executor.running)
+
+    @property
+    def _ahead(self) -> int:
+        """So many may be taken beyond that: short ones of a backlog, which wait for a thread here and not in the server."""
+        return self._executor.pace.ahead if self._may_take_ahead and self._is_backlog and not self.is_paused else 0
 
     @property
     def is_quiet(self) -> bool:
         """Does nothing run, and is nothing on its way? Then, while paused, that stays so."""
         return not self._may_start_more and not self._executor.running
 
-    def resize(self, max_ongoing: int) -> None:
+    def resize(self, max_ongoing: int, *, may_take_ahead: bool) -> None:
         """Other slots from the next claim on; what runs beyond them ends as it would."""
-        self._max_ongoing, self._at_once = max_ongoing, max(1, (max_ongoing + 1) // 2)
+        self._max_ongoing, self._may_take_ahead = max_ongoing, may_take_ahead
         self._executor.slot_freed.set()
 
     async def run(self, reads: Link, writes: Link) -> None:
@@ -73,26 +87,33 @@ class Intake:
                 self._direct_reads = 0
                 claim = self._claim(reads, 0)
                 continue
+            count = sum(len(entries) for _, entries in claimed)
+            self._is_backlog = count >= self._asked
             self._idle_claims = 0 if claimed else self._idle_claims + 1
             if not claimed and self.free > 0 and not self.is_draining:
                 claimed = await self._wait(reads, writes)
+                count = sum(len(entries) for _, entries in claimed)
             if not self.is_draining:
-                claim = self._claim(reads, sum(len(entries) for _, entries in claimed))
+                claim = self._claim(reads, count)
             self._start(claimed)
         if claim is not None:
             self._start(self._read(await claim))  # taken before we were told to stop
 
     def _claim(self, reads: Link, about_to_start: int) -> asyncio.Future[Any] | None:
         """Ask for as many as there are free slots; None when there are none."""
-        count = min(self._at_once, self.free - about_to_start)
+        slots, ahead = self._max_ongoing, self._ahead
+        # Half of the slots at a time: while one half runs, the claim of the other is in the air.
+        count = min((slots + ahead + 1) // 2, self.free + ahead - about_to_start)
         if count <= 0:
             return None
+        self._asked = count
         self._was_direct = self._direct_reads > 0 and time.monotonic() < self._direct_until
         if self._was_direct:
             self._direct_reads -= 1
             command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", count, "STREAMS", self._direct_lane, ">")
             return reads.ask(*command)
-        return reads.run(scripts.claim(self._keys, self._replica, count, DIRECT_READS))
+        direct_reads = DIRECT_READS if count >= DIRECT_FROM and not ahead else 0
+        return reads.run(scripts.claim(self._keys, self._replica, count, direct_reads))
 
     def _read(self, reply: Any) -> list[Any]:
         """What a claim brought; a script's answer also says whether to go on with direct reads of its lane."""
@@ -150,6 +171,18 @@ class Intake:
             name = self._lane_names[lane]
             for entry, fields in entries:
                 self._start_one(name, entry, fields)
+        if self.free < 0 and self._overdue is None and self._may_take_ahead:
+            self._overdue = asyncio.get_running_loop().call_later(pace.STILL_S, self._look_after_ahead)
+
+    def _look_after_ahead(self) -> None:
+        """What was taken ahead goes back if what runs takes longer than what ran before."""
+        self._overdue = None
+        if len(self._executor.running) > self._max_ongoing:
+            loop = asyncio.get_running_loop()
+            if not self._executor.pace.stands_still(loop.time()):
+                self._overdue = loop.call_later(pace.STILL_S, self._look_after_ahead)
+            elif self.on_overdue is not None:
+                self.on_overdue()
 
     def _start_one(self, lane: str, entry: bytes, fields: list[bytes]) -> None:
         try:

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
-from millstream.broker.definitions import Definition, max_ongoing
+from millstream.broker.definitions import Definition, has_async_methods, max_ongoing
 from millstream.config import DeploymentConfig
 from millstream.errors import MethodNotFoundError
 from millstream.replicas.context import constructed
@@ -72,7 +72,15 @@ class Served:
 
     def max_ongoing(self, config: DeploymentConfig) -> int:
         """How many requests may run here at once."""
-        return max_ongoing(self.instance if _is_function(self.instance) else type(self.instance), config)
+        return max_ongoing(self._target, config)
+
+    def may_take_ahead(self, config: DeploymentConfig) -> bool:
+        """May requests be taken before they can run? Where each waits for a thread, and would not run at once."""
+        return self.max_ongoing(config) == config.sync_threads and not has_async_methods(self._target)
+
+    @property
+    def _target(self) -> Any:
+        return self.instance if _is_function(self.instance) else type(self.instance)
 
 
 def _is_function(found: Any) -> bool:

@@ -156,8 +156,10 @@ class Replica:
         finisher.on_lost_value = executor.value_was_lost
         self._orders = Orders(self._keys, executor, self._emitters, self._ask, self._recycle)
         self._intake = intake = Intake(
-            self._keys, self._birth.replica, executor, served.max_ongoing(config), self._lease.block_s
-        )
+            self._keys, self._birth.replica, executor, served.max_ongoing(config), self._lease.block_s,
+            may_take_ahead=served.may_take_ahead(config),
+        )  # fmt: skip
+        intake.on_overdue = lambda: self._start_chore(self._hand_back(executor))
         intake.on_unreadable = lambda *entry: self._start_chore(self._bury_unreadable(*entry))
         self._updater = updater = self._make_updater(served, intake, executor, finisher)
         serving = asyncio.create_task(self._stay_connected(intake, finisher))
@@ -176,14 +178,13 @@ class Replica:
         finally:
             for task in (serving, housekeeping, updating, checking, stopping, *self._chores):
                 task.cancel()
-            executor.close()
             large.close()
-            # What still runs is cancelled by the end of the loop. That must not reach the server as the request's failure.
             self._hang_up()
+            executor.close()
 
     def _make_updater(self, served: Served, intake: Intake, executor: Executor, finisher: Finisher) -> Updater:
         async def apply(current: Current) -> None:
-            intake.resize(served.max_ongoing(current.config))
+            intake.resize(served.max_ongoing(current.config), may_take_ahead=served.may_take_ahead(current.config))
             executor.retries.rule = current.config.retry
             finisher.ttl_s = self._emitters.ttl_s = int(current.config.result_ttl_s)
             self._record = replace(self._record, revision=current.revision)
@@ -343,8 +344,7 @@ class Replica:
                     await self._stop_reading(serving)
                 await asyncio.wait([serving])
                 await self._control.send({"draining": len(executor.running)})  # it claims nothing from here on
-                with contextlib.suppress(BrokerUnavailableError):
-                    await self._hand_back(executor)
+                await self._hand_back(executor)
                 await self._finish_up(executor, finisher, updater)
                 if not self._birth.is_thread:  # there, the collector calls __del__
                     await served.hooks.say_goodbye(f"replica {self._birth.replica} of {self._birth.tag}")
@@ -394,8 +394,9 @@ class Replica:
         by_lane: dict[str, list[bytes]] = {}
         for lane, entry in executor.hand_back_unstarted():
             by_lane.setdefault(lane, []).append(entry)
-        for lane, entries in by_lane.items():
-            await self._run(scripts.hand_back(self._keys, lane, "returned", entries))
+        with contextlib.suppress(BrokerUnavailableError):  # they are found in our pending list after the outage
+            for lane, entries in by_lane.items():
+                await self._run(scripts.hand_back(self._keys, lane, "returned", entries))
 
     # the server
 

@@ -266,7 +266,7 @@ class Serving:
         finally:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(PATIENCE_S)
-        assert self.complaints == []
+        assert self.complaints == [], self.complaints
 
     def _new_app(self) -> str:
         """Two deployments served one after the other are two applications: deploying one again would replace it."""

@@ -9,6 +9,7 @@ import pytest
 
 from millstream.broker.connection import Control, run
 from millstream.broker.control_scripts import backlog
+from millstream.replicas import intake
 from tests.helpers import wait_until
 from tests.replica_helpers import Gate, Stage
 
@@ -57,7 +58,7 @@ async def test_lanes_are_emptied_in_the_order_of_their_urgency_and_each_in_its_o
 
 async def test_urgent_request_does_not_wait_for_a_deep_lane_to_be_emptied(stage: Stage, redis: Control) -> None:
     gate = Gate()
-    replica = await stage.prepare(Model, gate, max_ongoing_requests=4)
+    replica = await stage.prepare(Model, gate, max_ongoing_requests=4 * intake.DIRECT_FROM)
     await stage.submit(redis, *range(1000))
     await replica.start()
     await wait_until(lambda: _has_run_some(replica))
@@ -68,6 +69,23 @@ async def test_urgent_request_does_not_wait_for_a_deep_lane_to_be_emptied(stage:
     order = await ran(stage)
     assert len(order) == 1001
     assert order.index("urgent") < 900, "it came after most of what was there before"
+
+
+async def test_with_a_slot_or_two_nothing_urgent_is_passed_by_what_was_there_before(
+    stage: Stage, redis: Control
+) -> None:
+    gate = Gate()
+    replica = await stage.prepare(Model, gate, max_ongoing_requests=1)
+    await stage.submit(redis, "first", method="held")
+    await stage.submit(redis, *range(20))
+    await replica.start()
+    await wait_until(lambda: gate.inside == 1)
+
+    await stage.submit(redis, "urgent", lane="high")  # at once, while a deep lane is known
+    gate.open()
+
+    await wait_until(lambda: are_open(stage, redis, 0))
+    assert await ran(stage) == ["first", "urgent", *range(20)]
 
 
 def _has_run_some(replica: Any) -> bool:
