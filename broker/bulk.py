@@ -7,14 +7,13 @@ joined or copied.
 
 import asyncio
 import math
-import mmap
 import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import hiredis
 
@@ -22,6 +21,7 @@ from millstream.broker.cluster import dial
 from millstream.broker.connection import backoff
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.link import explain
+from millstream.broker.memory import allocate
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
 
@@ -34,8 +34,27 @@ UNFINISHED_TTL_MS = 60_000  # of what has come of a value, since its last piece 
 UNFINISHED_PIECES = 32
 MOST_CUTS = 10  # connections lost under one value; more are no accident
 IN_A_THREAD_BYTES = 256 * 1024  # to sign more than that (about 0.3 ms) would hold up the loop
+FEED_BYTES = 2 * 1024 * 1024  # at a time, to be verified
 
 Part = bytes | memoryview
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Envelope(Protocol):
+    """What is written: `sign` gives what stands before the parts, and takes long where they are large."""
+
+    @property
+    def parts(self) -> Sequence[Part]: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def sign(self) -> bytes: ...
+
+
+class Opening(Protocol[T_co]):
+    """What is done with a value that comes: `update` takes long, and is called in threads, one after the other."""
+
+    def update(self, data: memoryview) -> None: ...
+    def verified(self, value: memoryview) -> T_co: ...
 
 
 class Bulk:
@@ -53,24 +72,33 @@ class Bulk:
         self._is_closed = False
 
     async def write(
-        self, keys: DeploymentKeys, key: str, parts: Sequence[Part], ttl_ms: int, *, only_new: bool = False
+        self, keys: DeploymentKeys, key: str, envelope: Envelope, ttl_ms: int, *, only_new: bool = False
     ) -> bool:
-        """Store parts, one after the other, as the value of one of these `keys`; they must not change meanwhile.
+        """Store an envelope as the value of one of these `keys`; its parts must not change meanwhile. A large one is signed
+        while it is on its way.
 
         The key appears when all of it is there. With `only_new`, what it holds already stays, and the answer is False.
         Raises BackPressureError where the server is full.
         """
 
         async def transfer(wire: _Wire) -> bool:
-            return await _write(wire, keys.arriving(os.urandom(8).hex()), key, parts, ttl_ms, only_new)
+            return await _write(wire, keys.arriving(os.urandom(8).hex()), key, envelope, ttl_ms, only_new)
 
         return await self._persistently(key, transfer)
 
-    async def read(self, key: str, size_bytes: int) -> memoryview | None:
-        """A value of that size, in memory of its own that may be written to; None if it is gone."""
+    async def read(self, key: str, size_bytes: int, begin: Callable[[], Opening[T]]) -> T | None:
+        """What an opening makes of a value of that size, in memory of its own that may be written to; None if it is gone.
 
-        async def transfer(wire: _Wire) -> memoryview | None:
-            return await _read(wire, key, size_bytes)
+        A large one is verified while it comes. Raises what the opening does: SignatureError.
+        """
+
+        async def transfer(wire: _Wire) -> T | None:
+            opening, value = begin(), allocate(size_bytes)
+            following = _Following(opening.update, value)
+            if not await _read(wire, key, value, following.arrived):
+                return None
+            await following.finish()
+            return opening.verified(value)
 
         return await self._persistently(key, transfer)
 
@@ -224,7 +252,12 @@ class _Wire(asyncio.BufferedProtocol):
                 self._target = None
 
 
-async def _write(wire: _Wire, unfinished: str, key: str, parts: Sequence[Part], ttl_ms: int, only_new: bool) -> bool:
+async def _write(wire: _Wire, unfinished: str, key: str, envelope: Envelope, ttl_ms: int, only_new: bool) -> bool:
+    parts, signing = envelope.parts, None
+    if envelope.size_bytes <= IN_A_THREAD_BYTES:
+        parts = [envelope.sign(), *parts]
+    else:
+        signing = asyncio.get_running_loop().run_in_executor(_threads(), envelope.sign)
     name = unfinished.encode()
     expected: deque[bytes] = deque()
 
@@ -238,6 +271,7 @@ async def _write(wire: _Wire, unfinished: str, key: str, parts: Sequence[Part], 
         expected.append(b":1")
         return pack(("PEXPIRE", name, ttl_ms))
 
+    number = -1
     for number, piece in enumerate(_cut(parts)):
         size = sum(map(len, piece))
         if number == 0:  # all or nothing: never without a TTL
@@ -252,6 +286,9 @@ async def _write(wire: _Wire, unfinished: str, key: str, parts: Sequence[Part], 
         elif number % UNFINISHED_PIECES == 0:
             await wire.send(expire(UNFINISHED_TTL_MS))
         await hear(UNDER_WAY)
+    if signing is not None and (head := await signing):
+        await wire.send(pack(("LPUSHX", name, head)))
+        expected.append(b":%d" % (number + 2))
     await wire.send(expire(ttl_ms), pack(("RENAMENX" if only_new else "RENAME", name, key)))
     await hear(0)
     if await wire.line() == b":0":
@@ -261,8 +298,9 @@ async def _write(wire: _Wire, unfinished: str, key: str, parts: Sequence[Part], 
     return True
 
 
-async def _read(wire: _Wire, key: str, size_bytes: int) -> memoryview | None:
-    value = _allocate(size_bytes)
+async def _read(wire: _Wire, key: str, value: memoryview, arrived: Callable[[int], None]) -> bool:
+    """Fill `value`; False if it is not so long. `arrived` hears how much of it has come."""
+    size_bytes = len(value)
     asked = came = position = 0
     while position < size_bytes:
         while asked - came < UNDER_WAY and (asked == came or position + (asked - came) * PIECE_BYTES < size_bytes):
@@ -271,18 +309,12 @@ async def _read(wire: _Wire, key: str, size_bytes: int) -> memoryview | None:
         length = int((await wire.line())[1:])
         if not 0 < length <= size_bytes - position:  # -1: there is no such piece
             wire.close()  # with it, what we have asked for beyond this
-            return None
+            return False
         await wire.fill(value[position : position + length])
         await wire.line()
         came, position = came + 1, position + length
-    return value
-
-
-def _allocate(size_bytes: int) -> memoryview:
-    if size_bytes < PIECE_BYTES:
-        return memoryview(bytearray(size_bytes))
-    # A bytearray of 100 MB is filled with zeros first, which takes 100 ms; these pages come one by one, as they are used.
-    return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        arrived(position)
+    return True
 
 
 def _cut(parts: Sequence[Part]) -> Iterator[list[memoryview]]:
@@ -304,14 +336,44 @@ def _cut(parts: Sequence[Part]) -> Iterator[list[memoryview]]:
 # what takes long
 
 
-async def aside(size_bytes: int, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function that signs or verifies so much: in a thread of ours if it would hold up the loop.
+class _Following:
+    """Feeds a function with what has come of a value, in order: in a thread, while the rest is coming.
 
-    Not in the loop's own threads: the user's code may have filled them with calls that wait for us.
+    In threads of ours: the loop's own the user's code may have filled with calls that wait for us.
     """
-    if size_bytes <= IN_A_THREAD_BYTES:
-        return function(*arguments)
-    return await asyncio.get_running_loop().run_in_executor(_threads(), function, *arguments)
+
+    def __init__(self, update: Callable[[memoryview], None], value: memoryview) -> None:
+        self._update, self._value = update, value
+        self._loop = asyncio.get_running_loop()
+        self._arrived = self._fed = 0
+        self._feeding: asyncio.Future[None] | None = None
+
+    def arrived(self, upto: int) -> None:
+        self._arrived = upto
+        if self._feeding is None and upto - self._fed >= FEED_BYTES:
+            self._feeding = self._loop.run_in_executor(_threads(), self._update, self._next())
+            self._feeding.add_done_callback(self._go_on)
+
+    def _next(self) -> memoryview:
+        fed, self._fed = self._fed, self._arrived
+        return self._value[fed : self._fed]
+
+    def _go_on(self, feeding: asyncio.Future[None]) -> None:
+        if not feeding.cancelled() and feeding.exception() is None and self._feeding is feeding:
+            self._feeding = None
+            self.arrived(self._arrived)
+
+    async def finish(self) -> None:
+        """Return when the function has had all. Raises what it has raised."""
+        while (feeding := self._feeding) is not None:
+            await asyncio.shield(feeding)
+            if self._feeding is feeding:  # it was done before, so that nobody else has had a turn
+                self._feeding = None
+        rest = self._next()
+        if len(rest) > IN_A_THREAD_BYTES:
+            await self._loop.run_in_executor(_threads(), self._update, rest)
+        else:
+            self._update(rest)
 
 
 _pool: ThreadPoolExecutor | None = None

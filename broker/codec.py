@@ -1,11 +1,11 @@
 """The signed envelope around every pickled (or JSON) body that goes through Redis.
 
     byte 0      version, 1
-    byte 1      "p" pickle, "b" pickle with its large buffers beside it, or "j" JSON
+    byte 1      "p" pickle, "b" large pickle with its large buffers beside it, or "j" JSON
     bytes 2-17  BLAKE2b of 16 bytes, keyed with the secret, personalised with the kind, over
                 namespace 0 tag 0 format length method length ref body
                 (0 is a zero byte, a length is one byte; method is empty but for requests, and for items of a stream,
-                where it is the item's number)
+                where it is the item's number); with "b", the SHA-256 of the body in place of the body
     bytes 18-   body; with "b": the number of buffers (4 bytes), the length of each (8 bytes; little-endian all), the
                 pickle and what it takes for the first buffer to be aligned, the buffers (PEP 574)
 
@@ -92,20 +92,14 @@ class Codec:
 
         return open_
 
-    def seal_parts(self, kind: Kind, ref: bytes, pickled: Pickled, method: bytes = b"") -> list[bytes | memoryview]:
-        """The envelope of a large body, in parts to be written one after the other: nothing is copied."""
-        form = b"b" if pickled.buffers else b"p"
-        parts: list[bytes | memoryview] = [pickled.data, *pickled.buffers]
-        if pickled.buffers:
-            sizes = [len(buffer) for buffer in pickled.buffers]
-            parts.insert(0, struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
-            if sizes[0] > pickling.LARGE_BYTES:  # else it was not `dump_parts` that made them
-                parts.insert(2, bytes(-(HEADER_BYTES + len(parts[0]) + len(pickled.data)) % ALIGNMENT))
-        seed = self._seeds[kind].copy()
-        seed.update(b"%b%c%b%c%b" % (form, len(method), method, len(ref), ref))
-        for part in parts:
-            seed.update(part)
-        return [b"\x01%b%b" % (form, seed.digest()), *parts]
+    def sealing(self, kind: Kind, ref: bytes, pickled: Pickled, method: bytes = b"") -> "Sealing":
+        """The envelope of a large body: nothing is copied, or signed yet."""
+        sizes = [len(buffer) for buffer in pickled.buffers]
+        head = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
+        parts: list[bytes | memoryview] = [head, pickled.data, *pickled.buffers]
+        if sizes and sizes[0] > pickling.LARGE_BYTES:  # else it was not `dump_parts` that made them
+            parts.insert(2, bytes(-(HEADER_BYTES + len(head) + len(pickled.data)) % ALIGNMENT))
+        return Sealing(_Signature(self.seed(kind), b"b", ref, method), parts)
 
     def ref_of_key(self, idempotency_key: str) -> bytes:
         """The ref that an idempotency key stands for, the same in every process: 22 characters."""
@@ -137,23 +131,96 @@ class Codec:
 
     def verified(self, kind: Kind, ref: bytes, envelope: bytes | memoryview, method: bytes = b"") -> "Verified":
         """As `verify`, of a body that may be half a gigabyte: it is not copied. In any thread."""
-        whole = memoryview(envelope)
-        form, view = bytes(whole[1:2]), whole[HEADER_BYTES:]
-        if len(method) > 255 or len(ref) > 255:
-            raise self._refusal(kind, ref, "names a method or ref longer than 255 bytes")
-        if bytes(whole[:1]) != b"\x01" or form not in (b"p", b"b", b"j"):
-            raise self._refusal(kind, ref, "is not an envelope of version 1")
-        if not hmac.compare_digest(self._sign(kind, method, ref, form, view), whole[2:HEADER_BYTES]):
-            raise self._refusal(kind, ref, "does not bear this installation's signature")
-        return Verified(form, view)
+        opening, whole = self.opening(kind, ref, method), memoryview(envelope)
+        opening.update(whole)
+        return opening.verified(whole)
 
-    def _refusal(self, kind: str, ref: bytes, why: str) -> SignatureError:
+    def opening(self, kind: Kind, ref: bytes, method: bytes = b"") -> "Opening":
+        """As `verified`, of an envelope that comes bit by bit."""
+        return Opening(self, kind, ref, method)
+
+    def seed(self, kind: Kind) -> Any:
+        """A hash that is keyed, and fed with what all bodies of this kind have in common."""
+        return self._seeds[kind].copy()
+
+    def refusal(self, kind: str, ref: bytes, why: str) -> SignatureError:
         ref_id = f"{self.tag}~{ref.decode(errors='replace')}"
         return SignatureError(
             f"the {kind} stored for {ref_id} {why} and was not opened; "
             "check that every process uses the same MILLSTREAM_SECRET_KEY",
             ref_id=ref_id,
         )
+
+
+class Sealing(NamedTuple):
+    """The envelope of a large body in the making: `parts`, and before them what `sign` gives."""
+
+    signature: "_Signature"
+    parts: list[bytes | memoryview]
+
+    @property
+    def size_bytes(self) -> int:
+        return HEADER_BYTES + sum(map(len, self.parts))
+
+    def sign(self) -> bytes:
+        """The first HEADER_BYTES of the envelope, by the parts as they are now. Takes 1 to 2 ms per MB. In any thread."""
+        signature = self.signature.copy()
+        for part in self.parts:
+            signature.update(part)
+        return b"\x01b%b" % signature.digest()
+
+
+class _Signature:
+    """Of a body that comes bit by bit. A large one is hashed by what most processors have instructions for: 50 MB in 44 ms
+    where BLAKE2b takes 120 (one core, OpenSSL 3)."""
+
+    def __init__(self, seed: Any, form: bytes, ref: bytes, method: bytes) -> None:
+        seed.update(b"%b%c%b%c%b" % (form, len(method), method, len(ref), ref))
+        self._seed, self._body = seed, hashlib.sha256() if form == b"b" else None
+
+    def copy(self) -> "_Signature":
+        """As it is now."""
+        again = object.__new__(_Signature)
+        again._seed, again._body = self._seed.copy(), self._body and self._body.copy()
+        return again
+
+    def update(self, data: bytes | memoryview) -> None:
+        (self._body or self._seed).update(data)
+
+    def digest(self) -> bytes:
+        """Once."""
+        if self._body is not None:
+            self._seed.update(self._body.digest())
+        digest: bytes = self._seed.digest()
+        return digest
+
+
+class Opening:
+    """An envelope that comes bit by bit: `update` with each, in order, in any thread; then `verified`."""
+
+    def __init__(self, codec: Codec, kind: Kind, ref: bytes, method: bytes) -> None:
+        self._codec, self._kind, self._ref, self._method = codec, kind, ref, method
+        self._signature: _Signature | None = None
+
+    def update(self, data: memoryview) -> None:
+        """The first time, with HEADER_BYTES at least, or all there is."""
+        if self._signature is None:
+            if len(self._method) > 255 or len(self._ref) > 255:
+                raise self._refusal("names a method or ref longer than 255 bytes")
+            version, form, data = bytes(data[:1]), bytes(data[1:2]), data[HEADER_BYTES:]
+            if version != b"\x01" or form not in (b"p", b"b", b"j"):
+                raise self._refusal("is not an envelope of version 1")
+            self._signature = _Signature(self._codec.seed(self._kind), form, self._ref, self._method)
+        self._signature.update(data)
+
+    def verified(self, envelope: memoryview) -> "Verified":
+        """Of all that came. Raises SignatureError."""
+        if self._signature is None or not hmac.compare_digest(self._signature.digest(), envelope[2:HEADER_BYTES]):
+            raise self._refusal("does not bear this installation's signature")
+        return Verified(bytes(envelope[1:2]), envelope[HEADER_BYTES:])
+
+    def _refusal(self, why: str) -> SignatureError:
+        return self._codec.refusal(self._kind, self._ref, why)
 
 
 class Verified(NamedTuple):

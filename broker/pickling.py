@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 
+from millstream.broker import memory
 from millstream.errors import ConfigError, PayloadTooLargeError, SerializationError
 
 PROTOCOL = 5
@@ -39,7 +40,7 @@ class Pickled(NamedTuple):
 
     def snapshot(self) -> "Pickled":
         """With copies of the buffers: for who gives the value back before it is written."""
-        return Pickled(self.data, [memoryview(bytes(buffer)) for buffer in self.buffers])
+        return Pickled(self.data, [memory.copy(buffer) for buffer in self.buffers])
 
 
 def dump_plain(value: Any) -> bytes | None:

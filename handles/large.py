@@ -1,10 +1,9 @@
 """Large arguments and values of an engine's requests, which lie in keys of their own; signed and verified off its loop."""
 
-from collections.abc import Sequence
+from functools import partial
 
 from millstream.broker import outcomes
-from millstream.broker.bulk import Part, aside
-from millstream.broker.codec import Kind, Verified
+from millstream.broker.codec import Kind, Sealing, Verified
 from millstream.errors import BrokerUnavailableError
 from millstream.handles.hub import Hub
 from millstream.handles.options import with_extra
@@ -22,16 +21,13 @@ class LargeValues:
 
     # arguments
 
-    async def seal(self, request: Request) -> None:
-        """Sign the arguments of a request, where they are large. Once."""
+    def seal(self, request: Request) -> None:
+        """Make an envelope of the arguments of a request, where they are large. Once."""
         pickled = request.arguments
         if pickled is None or request.payload is not None:
             return
-        codec = request.route.codec
-        request.payload = await aside(
-            pickled.size_bytes, codec.seal_parts, "request", request.pending.ref, pickled, request.method
-        )
-        request.extras = with_extra(request.extras, payload=sum(map(len, request.payload)))
+        request.payload = request.route.codec.sealing("request", request.pending.ref, pickled, request.method)
+        request.extras = with_extra(request.extras, payload=request.payload.size_bytes)
 
     async def write_arguments(self, request: Request) -> None:
         """Store them, ahead of the submit. What is there already stays: it may be in use. Raises BrokerUnavailableError."""
@@ -72,17 +68,15 @@ class LargeValues:
         """What `stored` says lies elsewhere; None if it has expired. Raises BrokerUnavailableError, SignatureError."""
         part = outcomes.large_part(stored)
         assert part is not None
-        envelope = await self._bulk.read(route.keys.value(ref.decode(), part), outcomes.large_size(stored))
-        if envelope is None:
-            return None
-        return await aside(len(envelope), route.codec.verified, kind, ref, envelope, method)
+        key, size_bytes = route.keys.value(ref.decode(), part), outcomes.large_size(stored)
+        return await self._bulk.read(key, size_bytes, partial(route.codec.opening, kind, ref, method))
 
-    async def put(self, route: Route, ref: bytes, envelope: bytes | Sequence[Part], ttl_s: float) -> None:
-        """Store a value under a ref of its own; a large one, which comes in parts, in a key of its own."""
+    async def put(self, route: Route, ref: bytes, envelope: bytes | Sealing, ttl_s: float) -> None:
+        """Store a value under a ref of its own; a large one in a key of its own."""
         commands, ttl_ms = await self._hub.lines.link(), int(ttl_s * 1000)
         if not isinstance(envelope, bytes):
             await self._bulk.write(route.keys, route.keys.value(ref.decode(), "-"), envelope, ttl_ms)
-            envelope = b"@%d\n" % sum(map(len, envelope))
+            envelope = b"@%d\n" % envelope.size_bytes
         await commands.ask("SET", route.keys.result(ref.decode()), b"succeeded - -\n" + envelope, "PX", ttl_ms)
 
 

@@ -1,9 +1,10 @@
 """Large values of this replica's requests, in keys of their own, over connections of their own; signed off its loop."""
 
+from functools import partial
 from typing import Any
 
 from millstream.broker import outcomes
-from millstream.broker.bulk import Bulk, aside
+from millstream.broker.bulk import Bulk
 from millstream.broker.codec import Codec, Kind, Verified, codec_for
 from millstream.broker.keys import DeploymentKeys, Keys, split_ref
 from millstream.broker.pickling import Pickled
@@ -24,13 +25,14 @@ class LargeValues:
 
     async def read_payload(self, ref: bytes, method: bytes, size_bytes: int) -> Verified:
         """The large arguments of a request. Raises MillstreamError if they are gone, SignatureError."""
-        payload = await self._bulk.read(self._keys.payload(ref.decode()), size_bytes)
+        opening = partial(self._codec.opening, "request", ref, method)
+        payload = await self._bulk.read(self._keys.payload(ref.decode()), size_bytes, opening)
         if payload is None:
             raise MillstreamError(
                 f"the arguments of request {self._keys.tag}~{ref.decode()} are gone from the server: it evicted them, or "
                 "lost them in a restart; send it again, and see that its maxmemory-policy is noeviction"
             )
-        return await aside(size_bytes, self._codec.verified, "request", ref, payload, method)
+        return payload
 
     def open_small(self, supplied: dict[str, bytes]) -> dict[str, Any]:
         """As `read_all`, where none of them is large."""
@@ -49,9 +51,8 @@ class LargeValues:
             part, large = outcomes.large_part(stored), None
             if part is not None:
                 key = self._all_keys.deployment(tag).value(ref, part)
-                envelope = await self._bulk.read(key, outcomes.large_size(stored))
-                if envelope is not None:
-                    large = await aside(len(envelope), codec.verified, "value", ref.encode(), envelope)
+                opening = partial(codec.opening, "value", ref.encode())
+                large = await self._bulk.read(key, outcomes.large_size(stored), opening)
             values[ref_id] = outcomes.open_stored(codec, ref.encode(), stored, large)
         return values
 
@@ -67,9 +68,9 @@ class LargeValues:
         return b"@%d %b\n" % (await self._write(ref, part, pickled, "item", number), part.encode())
 
     async def _write(self, ref: bytes, part: str, pickled: Pickled, kind: Kind, method: bytes = b"") -> int:
-        parts = await aside(pickled.size_bytes, self._codec.seal_parts, kind, ref, pickled, method)
-        await self._bulk.write(self._keys, self._keys.value(ref.decode(), part), parts, WRITE_TTL_MS)
-        return sum(map(len, parts))
+        sealing = self._codec.sealing(kind, ref, pickled, method)
+        await self._bulk.write(self._keys, self._keys.value(ref.decode(), part), sealing, WRITE_TTL_MS)
+        return sealing.size_bytes
 
     def close(self) -> None:
         self._bulk.close()

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from millstream.broker import bulk as bulk_module
-from millstream.broker.bulk import MOST_CONNECTIONS, PIECE_BYTES, UNDER_WAY, Bulk, aside
+from millstream.broker.bulk import IN_A_THREAD_BYTES, MOST_CONNECTIONS, PIECE_BYTES, UNDER_WAY, Bulk
+from millstream.broker.codec import Opening, Sealing, codec_for
 from millstream.broker.connection import Control
 from millstream.broker.keys import DeploymentKeys
+from millstream.broker.pickling import Pickled
 from millstream.config import Settings
-from millstream.errors import BackPressureError, BrokerUnavailableError
+from millstream.errors import BackPressureError, BrokerUnavailableError, SignatureError
+from tests.broker.raw import Raw
 from tests.helpers import wait_until
 from tests.replica_helpers import connections, cut
 from tests.servers import free_port
@@ -41,7 +44,7 @@ def random_bytes(size: int) -> bytes:
 
 
 async def read(bulk: Bulk, key: str, size: int) -> bytes | None:
-    value = await bulk.read(key, size)
+    value = await bulk.read(key, size, Raw)
     return None if value is None else bytes(value)
 
 
@@ -58,7 +61,7 @@ async def unfinished(redis: Control, keys: DeploymentKeys) -> list[bytes]:
 async def test_value_of_any_size_comes_back(bulk: Bulk, keys: DeploymentKeys, key: str, size: int) -> None:
     value = random_bytes(size)
 
-    assert await bulk.write(keys, key, [value], TTL_MS)
+    assert await bulk.write(keys, key, Raw(value), TTL_MS)
 
     assert await read(bulk, key, size) == value
 
@@ -66,7 +69,7 @@ async def test_value_of_any_size_comes_back(bulk: Bulk, keys: DeploymentKeys, ke
 async def test_parts_are_stored_one_after_the_other(bulk: Bulk, keys: DeploymentKeys, key: str) -> None:
     parts = [random_bytes(size) for size in (18, 0, 70_000, PIECE_BYTES, 3 * PIECE_BYTES + 5, 1)]
 
-    await bulk.write(keys, key, [parts[0], *(memoryview(part) for part in parts[1:])], TTL_MS)
+    await bulk.write(keys, key, Raw(parts[0], *(memoryview(part) for part in parts[1:])), TTL_MS)
 
     assert await read(bulk, key, sum(map(len, parts))) == b"".join(parts)
 
@@ -74,7 +77,7 @@ async def test_parts_are_stored_one_after_the_other(bulk: Bulk, keys: Deployment
 async def test_value_lies_there_in_pieces_that_hold_nobody_up(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str
 ) -> None:
-    await bulk.write(keys, key, [bytes(3 * PIECE_BYTES + 7)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(3 * PIECE_BYTES + 7)), TTL_MS)
 
     pieces: Any = await redis.lrange(key, 0, -1)
 
@@ -91,9 +94,9 @@ async def test_pieces_of_another_size_are_read_as_well(redis: Control, bulk: Bul
 
 async def test_what_was_read_may_be_written_to(bulk: Bulk, keys: DeploymentKeys, key: str) -> None:
     for size in (1000, 3 * PIECE_BYTES):
-        await bulk.write(keys, key, [bytes(size)], TTL_MS)
+        await bulk.write(keys, key, Raw(bytes(size)), TTL_MS)
 
-        value = await bulk.read(key, size)
+        value = await bulk.read(key, size, Raw)
 
         assert value is not None
         value[size - 1] = 7
@@ -101,16 +104,16 @@ async def test_what_was_read_may_be_written_to(bulk: Bulk, keys: DeploymentKeys,
 
 
 async def test_value_ends_with_its_ttl(redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str) -> None:
-    await bulk.write(keys, key, [bytes(70_000)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(70_000)), TTL_MS)
 
     assert TTL_MS - 10_000 < await redis.pttl(key) <= TTL_MS
     assert await unfinished(redis, keys) == []
 
 
 async def test_value_is_replaced_by_a_later_one(bulk: Bulk, keys: DeploymentKeys, key: str) -> None:
-    await bulk.write(keys, key, [b"a" * 100_000], TTL_MS)
+    await bulk.write(keys, key, Raw(b"a" * 100_000), TTL_MS)
 
-    assert await bulk.write(keys, key, [b"b" * 80_000], TTL_MS)
+    assert await bulk.write(keys, key, Raw(b"b" * 80_000), TTL_MS)
 
     assert await read(bulk, key, 80_000) == b"b" * 80_000
 
@@ -118,10 +121,10 @@ async def test_value_is_replaced_by_a_later_one(bulk: Bulk, keys: DeploymentKeys
 async def test_value_that_is_there_stays_if_only_a_new_one_is_wanted(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str
 ) -> None:
-    assert await bulk.write(keys, key, [b"a" * 100_000], TTL_MS, only_new=True)
+    assert await bulk.write(keys, key, Raw(b"a" * 100_000), TTL_MS, only_new=True)
     await redis.persist(key)
 
-    assert not await bulk.write(keys, key, [b"b" * 80_000], TTL_MS, only_new=True)
+    assert not await bulk.write(keys, key, Raw(b"b" * 80_000), TTL_MS, only_new=True)
 
     assert await read(bulk, key, 100_000) == b"a" * 100_000
     assert await redis.pttl(key) == -1
@@ -140,7 +143,7 @@ async def test_nothing_is_read_of_a_value_that_is_gone(bulk: Bulk, key: str) -> 
 async def test_nothing_is_read_of_a_value_that_is_shorter_or_longer_than_it_should_be(
     bulk: Bulk, keys: DeploymentKeys, key: str
 ) -> None:
-    await bulk.write(keys, key, [bytes(3 * PIECE_BYTES)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(3 * PIECE_BYTES)), TTL_MS)
 
     assert await read(bulk, key, 3 * PIECE_BYTES + 1) is None
     assert await read(bulk, key, 3 * PIECE_BYTES - 1) is None
@@ -150,7 +153,7 @@ async def test_nothing_is_read_of_a_value_that_is_shorter_or_longer_than_it_shou
 async def test_value_that_is_deleted_while_it_is_read_is_gone(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await bulk.write(keys, key, [bytes(20 * PIECE_BYTES)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(20 * PIECE_BYTES)), TTL_MS)
     fill = bulk_module._Wire.fill
 
     async def fill_and_delete(self: Any, target: memoryview) -> None:
@@ -166,7 +169,7 @@ async def test_key_of_another_type_is_an_error_and_no_hang(redis: Control, bulk:
     await redis.set(key, "not a list", ex=60)
 
     with pytest.raises(Exception, match="WRONGTYPE"):
-        await bulk.read(key, 100)
+        await bulk.read(key, 100, Raw)
 
 
 # connections
@@ -174,8 +177,8 @@ async def test_key_of_another_type_is_an_error_and_no_hang(redis: Control, bulk:
 
 async def test_connection_is_used_again(redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str) -> None:
     for _ in range(5):
-        await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
-        await bulk.read(key, 100_000)
+        await bulk.write(keys, key, Raw(bytes(100_000)), TTL_MS)
+        await bulk.read(key, 100_000, Raw)
 
     assert len(await connections(redis, PREFIX)) == 1
 
@@ -185,7 +188,7 @@ async def test_several_values_travel_at_once_over_a_few_connections(
 ) -> None:
     values = {keys.value(f"{n:022d}", "1-1"): random_bytes(200_000 + n) for n in range(20)}
 
-    await asyncio.gather(*[bulk.write(keys, key, [value], TTL_MS) for key, value in values.items()])
+    await asyncio.gather(*[bulk.write(keys, key, Raw(value), TTL_MS) for key, value in values.items()])
     found = await asyncio.gather(*[read(bulk, key, len(value)) for key, value in values.items()])
 
     assert found == list(values.values())
@@ -195,7 +198,7 @@ async def test_several_values_travel_at_once_over_a_few_connections(
 async def test_connection_that_was_lost_while_idle_is_replaced(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str
 ) -> None:
-    await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(100_000)), TTL_MS)
     await cut(redis, PREFIX)
 
     assert await read(bulk, key, 100_000) == bytes(100_000)
@@ -206,7 +209,7 @@ async def test_value_is_sent_again_when_its_connection_is_lost_half_way(
 ) -> None:
     value, cuts = random_bytes(20 * PIECE_BYTES), await cut_at(redis, monkeypatch, "line", 10, 25)
 
-    assert await bulk.write(keys, key, [value], TTL_MS)
+    assert await bulk.write(keys, key, Raw(value), TTL_MS)
 
     assert cuts == []
     assert await read(bulk, key, len(value)) == value
@@ -218,7 +221,7 @@ async def test_value_is_read_again_when_its_connection_is_lost_half_way(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = random_bytes(20 * PIECE_BYTES)
-    await bulk.write(keys, key, [value], TTL_MS)
+    await bulk.write(keys, key, Raw(value), TTL_MS)
     cuts = await cut_at(redis, monkeypatch, "fill", 3, 9)
 
     assert await read(bulk, key, len(value)) == value
@@ -250,7 +253,7 @@ async def test_connection_that_is_lost_under_every_try_is_an_error_in_the_end(
     await cut_at(redis, monkeypatch, "line", *range(1, 1000))
 
     with pytest.raises(BrokerUnavailableError, match="with a large value on its way"):
-        await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
+        await bulk.write(keys, key, Raw(bytes(100_000)), TTL_MS)
 
     bulk.close()
     assert not await redis.exists(key)
@@ -269,7 +272,7 @@ async def test_write_that_is_cancelled_leaves_nothing_under_the_key(
         return await line(self)
 
     monkeypatch.setattr(bulk_module._Wire, "line", stop_halfway)
-    writing = asyncio.create_task(bulk.write(keys, key, [bytes(20 * PIECE_BYTES)], TTL_MS))
+    writing = asyncio.create_task(bulk.write(keys, key, Raw(bytes(20 * PIECE_BYTES)), TTL_MS))
     await halfway.wait()
 
     writing.cancel()
@@ -283,7 +286,7 @@ async def test_write_that_is_cancelled_leaves_nothing_under_the_key(
     assert not await redis.exists(key)
     for left in await unfinished(redis, keys):
         assert 0 < await redis.pttl(left) <= bulk_module.UNFINISHED_TTL_MS
-    assert await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
+    assert await bulk.write(keys, key, Raw(bytes(100_000)), TTL_MS)
 
 
 async def test_what_has_arrived_never_lacks_a_ttl(
@@ -299,7 +302,7 @@ async def test_what_has_arrived_never_lacks_a_ttl(
 
     monkeypatch.setattr(bulk_module._Wire, "send", send_and_look)
 
-    await bulk.write(keys, key, [bytes(4 * PIECE_BYTES)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(4 * PIECE_BYTES)), TTL_MS)
 
     assert -1 not in seen
     assert any(ttl_ms > 0 for ttl_ms in seen)
@@ -320,7 +323,7 @@ async def test_pieces_that_expired_meanwhile_are_not_taken_for_the_value(
 
     monkeypatch.setattr(bulk_module._Wire, "line", expire_once)
 
-    await bulk.write(keys, key, [value], TTL_MS)
+    await bulk.write(keys, key, Raw(value), TTL_MS)
 
     assert len(expired) == 1
     assert await read(bulk, key, len(value)) == value
@@ -330,18 +333,18 @@ async def test_server_that_cannot_be_reached_is_an_error_after_a_while(keys: Dep
     bulk = Bulk(Settings(f"redis://127.0.0.1:{free_port()}"), "test-bulk", patience_s=0.1)
 
     with pytest.raises(BrokerUnavailableError, match="is it running"):
-        await bulk.read(key, 1000)
+        await bulk.read(key, 1000, Raw)
 
 
 async def test_after_close_there_is_an_error_and_no_new_connection(
     redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str
 ) -> None:
-    await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
+    await bulk.write(keys, key, Raw(bytes(100_000)), TTL_MS)
 
     bulk.close()
 
     with pytest.raises(BrokerUnavailableError, match="closed"):
-        await bulk.read(key, 100_000)
+        await bulk.read(key, 100_000, Raw)
 
     async def is_hung_up() -> bool:
         return not await connections(redis, PREFIX)
@@ -353,12 +356,12 @@ async def test_full_server_is_said_to_be_full(redis: Control, bulk: Bulk, keys: 
     await redis.config_set("maxmemory", "1mb")
     try:
         with pytest.raises(BackPressureError, match="raise its maxmemory"):
-            await bulk.write(keys, key, [bytes(20 * PIECE_BYTES)], TTL_MS)
+            await bulk.write(keys, key, Raw(bytes(20 * PIECE_BYTES)), TTL_MS)
     finally:
         await redis.config_set("maxmemory", "0")
 
     assert not await redis.exists(key)
-    assert await bulk.write(keys, key, [bytes(100_000)], TTL_MS)
+    assert await bulk.write(keys, key, Raw(bytes(100_000)), TTL_MS)
 
 
 async def test_small_commands_are_answered_while_a_large_value_travels(
@@ -377,8 +380,8 @@ async def test_small_commands_are_answered_while_a_large_value_travels(
 
     async with asyncio.TaskGroup() as group:
         group.create_task(ping())
-        await bulk.write(keys, key, [bytes(size)], TTL_MS)
-        await bulk.read(key, size)
+        await bulk.write(keys, key, Raw(bytes(size)), TTL_MS)
+        await bulk.read(key, size, Raw)
         is_over.set()
 
     assert len(waits_s) > 10
@@ -388,11 +391,112 @@ async def test_small_commands_are_answered_while_a_large_value_travels(
 # what takes long
 
 
-async def test_what_is_small_is_signed_at_once_and_what_is_large_in_a_thread() -> None:
-    here = await aside(1000, threading.get_ident)
-    there = await aside(10_000_000, threading.get_ident)
+SECRET = b"a secret for tests"
+REF = b"r" * 22
 
-    assert here == threading.get_ident() != there
+
+def sealing_of(value: bytes) -> Sealing:
+    return codec_for(SECRET, "ms", "app.Model").sealing("value", REF, Pickled(b"", [memoryview(value)]))
+
+
+def opening(ref: bytes = REF) -> Opening:
+    return codec_for(SECRET, "ms", "app.Model").opening("value", ref)
+
+
+class Watched(Opening):
+    """Notes in which threads it worked, and on how much at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(codec_for(SECRET, "ms", "app.Model"), "value", REF, b"")
+        self.work: list[tuple[int, int]] = []
+
+    def update(self, data: memoryview) -> None:
+        self.work.append((threading.get_ident(), len(data)))
+        super().update(data)
+
+
+@pytest.mark.parametrize("size", [1, 70_000, IN_A_THREAD_BYTES - 100, IN_A_THREAD_BYTES + 1, 3_000_000, 20_000_001])
+async def test_envelope_of_any_size_comes_back_and_is_verified(
+    bulk: Bulk, keys: DeploymentKeys, key: str, size: int
+) -> None:
+    value = random_bytes(size)
+    sealing = sealing_of(value)
+
+    assert await bulk.write(keys, key, sealing, TTL_MS)
+    verified = await bulk.read(key, sealing.size_bytes, opening)
+
+    assert verified is not None and bytes(verified.body[-size:]) == value
+    assert await read(bulk, key, sealing.size_bytes) == b"".join([sealing.sign(), *sealing.parts])
+
+
+async def test_what_is_small_is_verified_at_once_and_what_is_large_in_a_thread_while_it_comes(
+    bulk: Bulk, keys: DeploymentKeys, key: str
+) -> None:
+    small, large = Watched(), Watched()
+    for size, watched in ((100_000, small), (20_000_000, large)):
+        sealing = sealing_of(bytes(size))
+        await bulk.write(keys, key, sealing, TTL_MS)
+        assert await bulk.read(key, sealing.size_bytes, lambda watched=watched: watched)  # type: ignore[misc]
+        assert sum(length for _, length in watched.work) == sealing.size_bytes
+
+    assert [thread for thread, _ in small.work] == [threading.get_ident()]
+    assert len(large.work) > 1
+    assert threading.get_ident() not in {thread for thread, length in large.work if length > IN_A_THREAD_BYTES}
+
+
+@pytest.mark.parametrize("size", [100_000, 20_000_000])
+async def test_envelope_that_was_changed_or_is_of_another_ref_is_refused(
+    redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str, size: int
+) -> None:
+    sealing = sealing_of(bytes(size))
+    await bulk.write(keys, key, sealing, TTL_MS)
+
+    with pytest.raises(SignatureError, match="signature"):
+        await bulk.read(key, sealing.size_bytes, lambda: opening(b"s" * 22))
+    for number, changed in ((0, b"\x02"), (-1, b"\x01")):
+        piece: Any = await redis.lindex(key, number)
+        await redis.lset(key, number, piece[:-1] + changed if number else changed + piece[1:])
+        with pytest.raises(SignatureError):
+            await bulk.read(key, sealing.size_bytes, opening)
+        await redis.lset(key, number, piece)
+    assert await bulk.read(key, sealing.size_bytes, opening)
+
+
+async def test_all_is_verified_though_the_thread_is_done_in_the_moment_that_the_last_of_it_comes() -> None:
+    fed: list[bytes] = []
+    following = bulk_module._Following(lambda data: fed.append(bytes(data)), memoryview(b"123"))
+    for arrived in (1, 2, 3):
+        following._arrived, following._feeding = arrived, asyncio.get_running_loop().create_future()
+        following._feeding.add_done_callback(following._go_on)
+        following._update(following._next())
+        following._feeding.set_result(None)
+        await asyncio.wait_for(following.finish(), 5)
+
+    assert fed == [b"1", b"", b"2", b"", b"3", b""]
+
+
+async def test_envelope_that_is_gone_or_of_another_size_is_not_read(bulk: Bulk, keys: DeploymentKeys, key: str) -> None:
+    assert await bulk.read(key, 5_000_000, opening) is None
+
+    sealing = sealing_of(bytes(5_000_000))
+    await bulk.write(keys, key, sealing, TTL_MS)
+
+    assert await bulk.read(key, sealing.size_bytes + 1, opening) is None
+
+
+async def test_envelope_is_signed_and_verified_anew_when_its_connection_is_lost_half_way(
+    redis: Control, bulk: Bulk, keys: DeploymentKeys, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = random_bytes(20 * PIECE_BYTES)
+    sealing, cuts = sealing_of(value), await cut_at(redis, monkeypatch, "line", 10, 25)
+    assert await bulk.write(keys, key, sealing, TTL_MS)
+    assert cuts == []
+
+    cuts = await cut_at(redis, monkeypatch, "fill", 12, 30)
+    verified = await bulk.read(key, sealing.size_bytes, opening)
+
+    assert cuts == []
+    assert verified is not None and bytes(verified.body[-len(value) :]) == value
 
 
 def test_pieces_under_way_are_few() -> None:

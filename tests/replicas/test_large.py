@@ -9,7 +9,7 @@ import pytest
 
 from millstream.broker import bulk, pickling, remote_errors, scripts
 from millstream.broker.cluster import dial
-from millstream.broker.codec import Codec, codec_for
+from millstream.broker.codec import Codec, Sealing, codec_for
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.pickling import Pickled
@@ -45,9 +45,9 @@ def pickled(value: Any) -> Pickled:
 
 async def store_arguments(large: LargeValues, codec: Codec, keys: DeploymentKeys, value: Any) -> int:
     """As a handle does it; their size."""
-    parts = codec.seal_parts("request", REF, pickled(value), b"embed")
-    await large._bulk.write(keys, keys.payload(REF.decode()), parts, WRITE_TTL_MS)
-    return sum(map(len, parts))
+    sealing = codec.sealing("request", REF, pickled(value), b"embed")
+    await large._bulk.write(keys, keys.payload(REF.decode()), sealing, WRITE_TTL_MS)
+    return sealing.size_bytes
 
 
 # arguments
@@ -306,13 +306,13 @@ async def test_request_that_is_cancelled_while_its_arguments_are_read_runs_nothi
 
 async def test_signing_a_large_value_leaves_the_loop_free(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
-    original = Codec.seal_parts
+    original = Sealing.sign
 
-    def seal_parts(self: Codec, *arguments: Any) -> Any:
+    def sign(self: Sealing) -> bytes:
         threads.append(threading.get_ident())
-        return original(self, *arguments)
+        return original(self)
 
-    monkeypatch.setattr(Codec, "seal_parts", seal_parts)
+    monkeypatch.setattr(Sealing, "sign", sign)
     await stage.start(Model)
 
     assert len(await stage.handle.make.call(5_000_000)) == 5_000_000

@@ -17,9 +17,8 @@ CODEC = codec_for(b"a secret for tests", "ms", "app.Model")
 METHOD = b"__call__"
 SMALL = CODEC.seal("request", REF, pickling.dump(((1, 2), {}), "a call"), METHOD)
 AS_JSON = CODEC.seal_json("request", REF, [[1, 2], {}], METHOD)
-IN_PARTS = b"".join(
-    CODEC.seal_parts("request", REF, Pickled(pickling.dump(1, "a value"), [memoryview(b"abc")]), METHOD)
-)
+SEALING = CODEC.sealing("request", REF, Pickled(pickling.dump(1, "a value"), [memoryview(b"abc")]), METHOD)
+IN_PARTS = b"".join([SEALING.sign(), *SEALING.parts])
 KINDS = get_args(Kind)
 
 
