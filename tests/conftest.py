@@ -7,6 +7,7 @@ MILLSTREAM_TEST_SERVERS. A test marked `fake` runs on fakeredis as well: for bro
 
 import math
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -29,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start would ignore it, too
     config.addinivalue_line("markers", "fake: runs on fakeredis, too")
     config.addinivalue_line(
         "markers", "any_server: what it tries is not up to the server: runs on the first real one only"
