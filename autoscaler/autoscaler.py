@@ -18,7 +18,17 @@ from millstream.autoscaler.placement import place
 from millstream.autoscaler.policy import Memory, decide, is_scaled
 from millstream.autoscaler.readings import History, Reading
 from millstream.broker import control_scripts
-from millstream.broker.connection import ANY_TROUBLE, DOWN, NO_RIGHT, Outage, backoff, explained, open_control, run
+from millstream.broker.connection import (
+    ANY_TROUBLE,
+    DOWN,
+    NO_RIGHT,
+    Outage,
+    backoff,
+    explained,
+    open_control,
+    run,
+    run_all,
+)
 from millstream.broker.records import DeploymentView, Planned
 from millstream.broker.registry import Registry
 from millstream.broker.sweeper import Sweeper
@@ -84,8 +94,7 @@ class Autoscaler:
             for view in views:
                 await self._decide(view, fence)
             await self._place(views)
-        for view in views:
-            await self._sweeper.step(view.tag)
+        await self._sweeper.step_all([view.tag for view in views], partial(run_all, self._client))
         return views
 
     async def _decide(self, view: DeploymentView, fence: int) -> None:
@@ -117,13 +126,17 @@ class Autoscaler:
         nodes = sorted(await self._registry.nodes())
         plans = {node: await self._registry.plan(node) for node in nodes}
         load = {node: sum(planned.replicas for planned in plan.values()) for node, plan in plans.items()}
+        new: dict[str, dict[str, Planned]] = {node: {} for node in nodes}
         for view in views:
             now = {node: plan[view.tag].replicas for node, plan in plans.items() if view.tag in plan}
             for node, count in place(view.target if view.has_target else 0, nodes, now, load).items():
                 load[node] += count - now.get(node, 0)
                 planned = Planned(count, view.version, view.revision)
                 if plans[node].get(view.tag) != planned:
-                    await self._registry.assign(node, view.tag, planned)
+                    new[node][view.tag] = planned
+        for node, changed in new.items():
+            if changed:
+                await self._registry.assign(node, changed)
         deployed = {view.tag for view in views}
         for node, plan in plans.items():
             for tag in plan.keys() - deployed - self._unreadable(plan):

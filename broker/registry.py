@@ -4,18 +4,18 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
-import anyio
 import redis.exceptions
 
 from millstream.broker import control_scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.complaints import Complaints
-from millstream.broker.connection import Control, explained, ping, run
+from millstream.broker.connection import Control, explained, ping, run, run_all
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
 from millstream.broker.link import REFUSED, foreign
 from millstream.broker.records import (
@@ -39,7 +39,8 @@ from millstream.errors import SignatureError
 CHANGES_KEPT = 1000
 NODE_KEPT_S = 60.0  # without a lease: its launcher may be about to come back, after an outage of the server as well
 log = logging.getLogger("millstream.registry")
-VIEWS_AT_ONCE = 8  # redis-py opens a connection for each: not one per deployment
+VIEWS_AT_ONCE = 50  # deployments that are read together: 3 ms of the server
+REMEMBERED = 5000  # records that are not verified and parsed again while they stay the same; some are read every second
 
 
 class Registry:
@@ -53,6 +54,8 @@ class Registry:
         self._removal = Removal(client, settings)
         self._absent_since: dict[str, float] = {}  # nodes without a lease, by our own clock
         self._complaints = Complaints(log)
+        self._current = lru_cache(REMEMBERED)(self._read_current)
+        self._read_again = lru_cache(REMEMBERED)(self.signer.read)
         self.unreadable: set[str] = set()  # applications and tags of deployments whose records others have written
 
     def keys_of(self, tag: str) -> DeploymentKeys:
@@ -124,7 +127,7 @@ class Registry:
         """A config as it is stored beside its revision and version, which the scripts read as well and cannot verify."""
         return self.signer.sign("config", config.to_json(), tag, revision, version)
 
-    def _current(self, tag: str, version: bytes, revision: bytes, config: bytes) -> Current:
+    def _read_current(self, tag: str, version: bytes, revision: bytes, config: bytes) -> Current:
         """What the fields of a config say. SignatureError, or ValueError, if they do not belong together."""
         names = version.decode(), revision.decode()
         return Current(*names, read_config(self.signer.verified("config", config, tag, names[1], names[0])))
@@ -296,10 +299,13 @@ class Registry:
                 plan[tag] = planned
         return plan
 
-    async def assign(self, node: str, tag: str, planned: Planned) -> None:
-        """Tell a node how many replicas of a deployment to run, of which version and by which config."""
-        plan, text = self.keys.node_plan(node), self.signer.write(planned, node, tag)
-        await run(self.client, control_scripts.enlist(plan, tag, text))
+    async def assign(self, node: str, planned: Mapping[str, Planned]) -> None:
+        """Tell a node how many replicas of these deployments to run, of which version and by which config."""
+        plan = self.keys.node_plan(node)
+        texts = [(tag, self.signer.write(one, node, tag)) for tag, one in planned.items()]
+        for refused in await run_all(self.client, [control_scripts.enlist(plan, *text) for text in texts]):
+            if isinstance(refused, Exception):
+                raise refused
         if not await self.client.hexists(self.keys.nodes, node):  # it has left meanwhile: nobody else would delete that
             await self.client.delete(plan)
             return
@@ -313,19 +319,39 @@ class Registry:
 
     async def view(self, app: str, name: str) -> DeploymentView | None:
         """One deployment as it is now; None if it is not deployed. SignatureError where some other program wrote its records."""
-        keys = self.keys_of(deployment_tag(app, name))
+        (found,) = await self._looks([(app, name)])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def _looks(self, deployments: Sequence[tuple[str, str]]) -> list[DeploymentView | Exception | None]:
+        """As `view`, of each: two round trips. What it cannot read is in its place, as one of REFUSED."""
+        all_keys = [self.keys_of(deployment_tag(*each)) for each in deployments]
         async with self.client.pipeline(transaction=False) as pipe:
-            pipe.hgetall(keys.config)
-            pipe.hgetall(keys.status)
-            pipe.hgetall(keys.replicas)
-            config, status, replicas = await pipe.execute()
+            for keys in all_keys:
+                for key in (keys.config, keys.status, keys.replicas):
+                    pipe.hgetall(key)
+            hashes = await pipe.execute(raise_on_error=False)
+        backlogs = await run_all(self.client, [control_scripts.backlog(keys) for keys in all_keys])
+        found: list[DeploymentView | Exception | None] = []
+        for number, (app, name) in enumerate(deployments):
+            try:
+                found.append(self._look(app, name, [*hashes[3 * number : 3 * number + 3], backlogs[number]]))
+            except REFUSED as e:
+                found.append(e)
+        return found
+
+    def _look(self, app: str, name: str, replies: list[Any]) -> DeploymentView | None:
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        config, status, replicas, backlog = replies
         if not config:
             return None
-        backlog = await run(self.client, control_scripts.backlog(keys))
         try:
             return self._view(app, name, config, status, replicas, backlog)
         except NOT_OURS as e:
-            raise foreign(f"the config or status of {keys.tag}: {e!r:.200}") from None
+            raise foreign(f"the config or status of {deployment_tag(app, name)}: {e!r:.200}") from None
 
     def _view(
         self, app: str, name: str, config: dict[bytes, bytes], stored: dict[bytes, bytes], replicas: dict[bytes, bytes],
@@ -360,34 +386,29 @@ class Registry:
         )
 
     async def views(self, *, with_leaving: bool = False) -> list[DeploymentView]:
-        """Every deployment of every application; also those that have left one, if wanted. Raises what the first failed reading raised, not a group of them."""
-        found: dict[tuple[str, str], DeploymentView | None] = {}
-        limiter = anyio.CapacityLimiter(VIEWS_AT_ONCE)
-
-        async def look(app: str, name: str) -> None:
-            tag = deployment_tag(app, name)
-            async with limiter:
-                try:
-                    found[app, name] = await self.view(app, name)
-                except REFUSED as e:
+        """Every deployment of every application; also those that have left one, if wanted. What some other program has
+        written over is left out, said once, and `unreadable` then."""
+        views, order = (
+            [],
+            [
+                (record.name, name)
+                for record in (await self.apps()).values()
+                for name in [*record.deployments, *(record.leaving if with_leaving else ())]
+            ],
+        )
+        for first in range(0, len(order), VIEWS_AT_ONCE):
+            some = order[first : first + VIEWS_AT_ONCE]
+            for each, found in zip(some, await self._looks(some), strict=True):
+                tag = deployment_tag(*each)
+                if isinstance(found, Exception):
                     self.unreadable.add(tag)
-                    self._complaints.about(f"deployment {tag}", e)
-                else:
-                    self.unreadable.discard(tag)
-                    self._complaints.well(f"deployment {tag}")
-
-        order = [
-            (record.name, name)
-            for record in (await self.apps()).values()
-            for name in [*record.deployments, *(record.leaving if with_leaving else ())]
-        ]
-        try:
-            async with anyio.create_task_group() as tasks:
-                for app, name in order:
-                    tasks.start_soon(look, app, name)
-        except ExceptionGroup as group:  # a caller that catches an outage must see it as one
-            raise group.exceptions[0] from None
-        return [view for pair in order if (view := found.get(pair)) is not None]
+                    self._complaints.about(f"deployment {tag}", found)
+                    continue
+                self.unreadable.discard(tag)
+                self._complaints.well(f"deployment {tag}")
+                if found is not None:
+                    views.append(found)
+        return views
 
     async def without_the_dead(self, view: DeploymentView) -> DeploymentView:
         """The same without replicas that have no lease any more: it may take seconds until they are buried."""
@@ -423,7 +444,9 @@ class Registry:
     def _read(self, cls: type[R], what: str, text: bytes, *place: str) -> R | None:
         """A signed record; None if some other program wrote it, or put it there, which is said once."""
         try:
-            record = self.signer.read(cls, text, *place)
+            # A plan is the same most of the time, cannot be changed, and has a record per deployment.
+            read = self._read_again if cls is Planned else self.signer.read
+            record = read(cls, text, *place)  # type: ignore[arg-type] # mypy: a class is hashable
         except UNREADABLE as e:
             self._complaints.about(what, e)
             return None

@@ -6,11 +6,14 @@ gap by the server's clock: an outage or a standstill of the server must not look
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from millstream.broker import control_scripts, scripts
+from millstream.broker.call import Call
 from millstream.broker.complaints import Complaints
+from millstream.broker.control_scripts import Swept
 from millstream.broker.keys import LANES, DeploymentKeys, Keys
 from millstream.broker.lease import Lease
 from millstream.broker.link import REFUSED
@@ -22,11 +25,13 @@ from millstream.config import Settings
 
 # One command, by a link or `execute_command` of a redis-py client. `near`: in a cluster, at the node that has that key.
 Ask = Callable[..., Awaitable[Any]]
+RunAll = Callable[[Sequence[Call[Swept]]], Awaitable[Sequence[Swept | Exception]]]  # as `run_all` of a connection
+AT_ONCE = 50  # deployments that are swept together: 2 ms of the server
 log = logging.getLogger("millstream.sweeper")
 
 
 class Sweeper:
-    """One pass over one deployment at a time; remembers since when its connection has been unbroken."""
+    """One pass over one deployment, or over many; remembers since when its connection has been unbroken."""
 
     def __init__(
         self,
@@ -54,16 +59,33 @@ class Sweeper:
 
         What some other program has written there ends this pass, and no other: it is said once.
         """
+        with self._about(tag):
+            await self._act(tag, await self._run(self._sweep(tag)))
+
+    async def step_all(self, tags: Sequence[str], run_all: RunAll) -> None:
+        """As `step`, of each of these: many at a time, since most have nothing to sweep."""
+        for first in range(0, len(tags), AT_ONCE):
+            some = tags[first : first + AT_ONCE]
+            for tag, swept in zip(some, await run_all([self._sweep(tag) for tag in some]), strict=True):
+                with self._about(tag):
+                    if isinstance(swept, Exception):
+                        raise swept
+                    await self._act(tag, swept)
+
+    @contextmanager
+    def _about(self, tag: str) -> Iterator[None]:
         try:
-            await self._step(tag)
+            yield
         except REFUSED as e:
             self._complaints.about(f"what stands under {{{self._keys.namespace}:{tag}}}", e)
         else:
             self._complaints.well(f"what stands under {{{self._keys.namespace}:{tag}}}")
 
-    async def _step(self, tag: str) -> None:
+    def _sweep(self, tag: str) -> Call[Swept]:
+        return control_scripts.sweep(self._keys.deployment(tag), self._holds_cursors.get(tag, b"0"))
+
+    async def _act(self, tag: str, swept: Swept) -> None:
         keys = self._keys.deployment(tag)
-        swept = await self._run(control_scripts.sweep(keys, self._holds_cursors.get(tag, b"0")))
         self._holds_cursors[tag] = swept.holds_cursor
         self._note_gap(swept.now_ms)
         for ref, missing in swept.stuck:

@@ -19,7 +19,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from millstream.broker import control_scripts
-from millstream.broker.connection import ANY_TROUBLE, NO_RIGHT, Outage, backoff, open_control, run
+from millstream.broker.connection import ANY_TROUBLE, NO_RIGHT, Outage, backoff, open_control, run, run_all
 from millstream.broker.keys import check_name
 from millstream.broker.lease import Lease
 from millstream.broker.records import Planned
@@ -60,6 +60,7 @@ class Launcher:
         self._replicas: dict[str, ReplicaProcess] = {}
         self._outage = Outage(log)
         self._plan: dict[str, Planned] = {}
+        self._warming: set[tuple[str, str]] = set()  # (app, version) whose parent is about to be looked for
         self._nudge = asyncio.Event()
         self._tasks: TaskGroup | None = None
         self._is_stopping = False
@@ -131,9 +132,8 @@ class Launcher:
     async def _sweep_loop(self) -> None:
         while True:
             await anyio.sleep(self._lease.look_every_s * random.uniform(0.8, 1.2))
-            for record in (await self._registry.apps()).values():
-                for tag in record.all_tags:
-                    await self._sweeper.step(tag)
+            tags = [tag for record in (await self._registry.apps()).values() for tag in record.all_tags]
+            await self._sweeper.step_all(tags, partial(run_all, self._client))
 
     async def _listen_loop(self) -> None:
         """Reconcile at once when the plan changes."""
@@ -159,8 +159,9 @@ class Launcher:
         for replica in actions.update:
             await self._update(self._replicas.get(replica))
         used = {(tag.partition(".")[0], planned.version) for tag, planned in plan.items()}
-        for app, version in used:
+        for app, version in used - self._warming:
             if not self._parents.knows(app, version) and not self._starts.has_given_up(version):
+                self._warming.add((app, version))
                 self._start_task(self._warm_up(app, version))
         await self._kill_the_hung()
         busy = {(tag.partition(".")[0], version) for tag, version in self._starts.under_way}
@@ -224,6 +225,8 @@ class Launcher:
                 await self._cannot_import(tag, version, e)
         except ANY_TROUBLE:
             return  # the next pass tries again
+        finally:
+            self._warming.discard((app, version))
 
     async def _start(self, tag: str, version: str) -> None:
         process = None

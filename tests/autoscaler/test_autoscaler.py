@@ -108,6 +108,27 @@ async def test_decision_is_on_record_with_its_reason_and_inputs(
     assert abs(int(latest["at_ms"]) - time.time() * 1000) < 10_000
 
 
+async def test_plan_of_many_deployments_wakes_its_node_once(
+    redis: Control, registry: Registry, autoscaler: Autoscaler
+) -> None:
+    names = [f"D{number}" for number in range(20)]
+    await registry.deploy("app", "D0", [NewDeployment(name, DeploymentConfig(), b"") for name in names])
+    await add_node(registry, "n-1")
+    async with redis.pubsub() as subscription:
+        await subscription.subscribe(registry.keys.node_wake("n-1"))
+        await subscription.get_message(timeout=5)
+
+        await autoscaler.step()
+        await redis.publish(registry.keys.node_wake("n-1"), "the end")
+        heard = []
+        while (message := await subscription.get_message(timeout=5))["data"] != b"the end":
+            heard.append(message["data"])
+
+    assert heard == [b"plan"]
+    assert {planned.replicas for planned in (await registry.plan("n-1")).values()} == {1}
+    assert len(await registry.plan("n-1")) == 20
+
+
 async def test_decision_that_changes_nothing_is_not_recorded(registry: Registry, autoscaler: Autoscaler) -> None:
     await deploy(registry, SCALED)
 

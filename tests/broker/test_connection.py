@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from millstream.broker import control_scripts
-from millstream.broker.connection import DOWN, Control, backoff, explained, open_control, ping, run
-from millstream.broker.keys import LANES, DeploymentKeys
+from millstream.broker.connection import DOWN, Control, backoff, explained, open_control, ping, run, run_all
+from millstream.broker.keys import LANES, DeploymentKeys, Keys
+from millstream.broker.link import REFUSED
 from millstream.config import Settings
 from millstream.errors import BrokerUnavailableError
-from tests.helpers import claim, read_everything, seed_queued, wait_until
+from tests.helpers import claim, nodes_of, read_everything, seed_queued, wait_until
 from tests.servers import Server, free_port
 
 # backoff
@@ -104,6 +105,42 @@ async def test_demoted_server_counts_as_down_for_plain_commands_and_for_those_th
 async def is_blocked(operator: Control) -> bool:
     info: Any = await operator.info("clients")
     return int(info["blocked_clients"]) == 1
+
+
+# several at once
+
+
+@pytest.mark.anyio
+@pytest.mark.on_cluster
+async def test_scripts_that_go_out_together_have_each_its_answer(redis: Control, settings: Settings) -> None:
+    """Also on a server that does not know them yet, and where it refuses one of them."""
+    deployments = [Keys(settings.namespace).deployment(f"app.M{number}") for number in range(4)]
+    await redis.set(deployments[2].due, "not a sorted set", ex=10)
+    for node in await nodes_of(redis):
+        await node.script_flush()
+
+    for _ in range(2):
+        answers = await run_all(redis, [control_scripts.sweep(keys) for keys in deployments])
+
+        kinds = [type(answer) for answer in answers]
+        assert [kinds[number] for number in (0, 1, 3)] == [control_scripts.Swept] * 3
+        assert isinstance(answers[2], REFUSED) and "WRONGTYPE" in str(answers[2])
+    await redis.delete(deployments[2].due)
+
+
+@pytest.mark.anyio
+async def test_scripts_that_go_out_together_to_a_server_that_is_away_fail_together(
+    start_server: Callable[..., Server],
+) -> None:
+    server = start_server()
+    client = open_control(Settings(server.url), "test")
+    call = control_scripts.sweep(Keys("ms").deployment("app.Model"))
+    await run_all(client, [call])
+    server.kill()
+
+    with pytest.raises(DOWN):
+        await run_all(client, [call, call])
+    await client.aclose()
 
 
 # groups

@@ -355,7 +355,7 @@ async def test_every_change_wakes_the_autoscaler(redis: Control, registry: Regis
 async def register_node(registry: Registry, name: str, started_ms: int, *, is_alive: bool) -> None:
     record = NodeRecord(name, "host", 1, started_ms)
     await registry.client.hset(ALL.nodes, name, registry.signer.write(record, name))
-    await registry.assign(name, "app.Model", Planned(2, "v1"))
+    await registry.assign(name, {"app.Model": Planned(2, "v1")})
     if is_alive:
         await run(registry.client, control_scripts.renew([ALL.node_lease(name)], 60, name))
 
@@ -399,15 +399,15 @@ async def test_node_that_left_a_moment_ago_gets_no_plan_that_nobody_would_delete
     await redis.hdel(ALL.nodes, "n-1")  # as its launcher does when it ends
     await redis.delete(ALL.node_plan("n-1"))
 
-    await registry.assign("n-1", "app.Model", Planned(2, "v1"))
+    await registry.assign("n-1", {"app.Model": Planned(2, "v1")})
 
     assert not await redis.exists(ALL.node_plan("n-1"))
 
 
 async def test_plan_says_what_was_assigned_and_not_unassigned(registry: Registry) -> None:
     await register_node(registry, "n-1", 0, is_alive=True)
-    await registry.assign("n-1", "app.Other", Planned(3, "v2"))
-    await registry.assign("n-1", "app.Model", Planned(1, "v1"))
+    await registry.assign("n-1", {"app.Other": Planned(3, "v2"), "app.Model": Planned(2, "v1")})
+    await registry.assign("n-1", {"app.Model": Planned(1, "v1")})
     await registry.unassign("n-1", "app.Other")
 
     assert await registry.plan("n-1") == {"app.Model": Planned(1, "v1")}

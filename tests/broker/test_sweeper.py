@@ -1,20 +1,21 @@
 """The sweeper: takes over by lease only after a full lease of watching, and buries what is dead with all it held."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from millstream.broker import control_scripts
 from millstream.broker.cluster import dial_everywhere
-from millstream.broker.connection import Control, run
+from millstream.broker.connection import Control, run, run_all
 from millstream.broker.control_scripts import Swept, renew
-from millstream.broker.keys import DeploymentKeys
+from millstream.broker.keys import DeploymentKeys, Keys
 from millstream.broker.records import ReplicaRecord
 from millstream.broker.signed import Signer
 from millstream.broker.states import State
 from millstream.broker.supplying import Supplier
-from millstream.broker.sweeper import Sweeper, bury
+from millstream.broker.sweeper import AT_ONCE, Sweeper, bury
 from millstream.config import Settings
 from tests.helpers import (
     REPLICA,
@@ -77,6 +78,29 @@ async def test_due_requests_are_queued(redis: Control, keys: DeploymentKeys, swe
     await sweeper.step(keys.tag)
 
     assert await read_state(redis, keys, ref) == State.QUEUED
+
+
+@pytest.mark.on_cluster
+async def test_many_deployments_are_swept_together(
+    redis: Control, settings: Settings, keys: DeploymentKeys, sweeper: Sweeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As many as need several goes; one that some other program has written over keeps none from it."""
+    every = [Keys(settings.namespace).deployment(f"app.M{number}") for number in range(2 * AT_ONCE + 1)]
+    written_over, with_work = every[1], [every[0], every[2], every[AT_ONCE], every[-1]]
+    await redis.set(written_over.due, "not a sorted set", ex=10)
+    refs = {}
+    for one in with_work:
+        await deploy_config(redis, one)
+        refs[one] = await seed_delayed(redis, one)
+        await redis.zadd(one.due, {refs[one]: 1})
+
+    for _ in range(2):
+        await sweeper.step_all([one.tag for one in every], partial(run_all, redis))
+    await redis.delete(written_over.due)
+
+    assert [await read_state(redis, one, refs[one]) for one in with_work] == [State.QUEUED] * 4
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and written_over.tag in said[0] and "WRONGTYPE" in said[0]
 
 
 @pytest.mark.fake

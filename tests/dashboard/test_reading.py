@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from millstream.broker import registry as registry_module
 from millstream.broker.connection import DOWN, Control, open_control
 from millstream.broker.records import NewDeployment
 from millstream.broker.registry import Registry
@@ -84,16 +85,16 @@ async def test_server_that_is_gone_is_named() -> None:
     await client.aclose()
 
 
-async def test_outage_in_the_midst_of_the_views_is_an_outage_not_a_group(
+async def test_outage_in_the_midst_of_the_views_is_an_outage(
     redis: Control, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await seed_shop(redis, settings)
     registry = Registry(redis, settings)
 
-    async def lose(app: str, name: str) -> None:
+    async def lose(client: Control, calls: object) -> None:
         raise BrokerUnavailableError("gone")
 
-    monkeypatch.setattr(registry, "view", lose)
+    monkeypatch.setattr(registry_module, "run_all", lose)
 
     with pytest.raises(DOWN):
         await registry.views()

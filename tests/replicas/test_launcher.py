@@ -4,14 +4,18 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from millstream.autoscaler.autoscaler import Autoscaler
 from millstream.broker.connection import Control
-from millstream.broker.records import NewDeployment
+from millstream.broker.records import NewDeployment, Planned
 from millstream.broker.registry import Registry
 from millstream.config import DeploymentConfig, Settings
+from millstream.errors import BrokerUnavailableError
 from millstream.replicas.launcher import Launcher
+from tests.helpers import wait_until
 
 
 @pytest.mark.anyio
@@ -50,6 +54,39 @@ async def test_replica_counts_once_while_it_is_being_listed(
     await launcher._start("app.Model", "v")
 
     assert [one.replica for one in seen] == ["r-1"]
+    await launcher._client.aclose()
+
+
+@pytest.mark.anyio
+async def test_application_is_warmed_up_once_however_often_the_plan_changes_meanwhile(
+    settings: Settings, redis: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at a version reads all its deployments, of which there may be a thousand."""
+    launcher, registry = Launcher(settings, "node"), Registry(redis, settings)
+    await registry.deploy("app", "Model", [NewDeployment("Model", DeploymentConfig(num_replicas=0), b"")])
+    asked, may_go_on = [], anyio.Event()
+
+    async def of_version(app: str, version: str) -> dict[str, DeploymentConfig]:
+        asked.append(app)
+        await may_go_on.wait()
+        raise BrokerUnavailableError("gone")
+
+    monkeypatch.setattr(launcher._registry, "of_version", of_version)
+    await launcher._membership.join()
+    async with anyio.create_task_group() as tasks:
+        launcher._tasks = tasks
+        await registry.assign("node", {"app.Model": Planned(0, "v")})
+        for _ in range(3):
+            await launcher.step()
+            await anyio.lowlevel.checkpoint()
+        at_once = list(asked)
+        may_go_on.set()
+        await wait_until(lambda: not launcher._warming)
+        await launcher.step()  # the first one has failed
+        await wait_until(lambda: len(asked) == 2)
+
+    assert at_once == ["app"]
+    await launcher._membership.leave()
     await launcher._client.aclose()
 
 

@@ -218,8 +218,8 @@ async def stage(registry: Registry, redis: Control) -> Stage:
     for node in ("here", "there"):
         await redis.hset(ALL.nodes, node, registry.signer.write(NodeRecord(node, "h", 1, 0), node))
         await redis.set(ALL.node_lease(node), node, ex=600)
-        await registry.assign(node, MODEL.tag, Planned(2 if node == "here" else 20, "v"))
-        await registry.assign(node, OTHER.tag, Planned(9, "v"))
+        await registry.assign(node, {MODEL.tag: Planned(2 if node == "here" else 20, "v")})
+        await registry.assign(node, {OTHER.tag: Planned(9, "v")})
     return Stage(registry, redis)
 
 
