@@ -87,9 +87,11 @@ class Autoscaler:
     async def step(self) -> list[DeploymentView]:
         """One pass: decide for every deployment if we lead. Returns what it saw."""
         fence = await self._run(control_scripts.lead(self._registry.keys, self.name, LEADER_S))
-        if fence:
+        records = await self._registry.apps()
+        if fence and any(record.leaving for record in records.values()):
             await self._registry.retire()
-        views = await self._registry.views(with_leaving=True)
+            records = await self._registry.apps()
+        views = await self._registry.views(with_leaving=True, records=records)
         if fence:
             for view in views:
                 await self._decide(view, fence)

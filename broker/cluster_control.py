@@ -133,15 +133,20 @@ class ClusterPipeline(Pipeline):
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         try:
-            parts = await self._parts()
-            if len(parts) > 1:
-                return await self._execute_apart(parts, raise_on_error)
-            for node in parts:
-                self.connection_pool = node.connection_pool
-            replies: list[Any] = await super().execute(raise_on_error)
+            replies = await self._execute_on(await self._parts(), raise_on_error)
+            if (lost := next((reply for reply in replies if isinstance(reply, LOST)), None)) is not None:
+                raise lost
         except (*LOST, BrokerUnavailableError) as e:
             self._control.forget_map()
             raise cannot_take(e) from e
+        return replies
+
+    async def _execute_on(self, parts: dict[redis.asyncio.Redis, list[int]], raise_on_error: bool) -> list[Any]:
+        if len(parts) > 1:
+            return await self._execute_apart(parts, raise_on_error)
+        for node in parts:
+            self.connection_pool = node.connection_pool
+        replies: list[Any] = await super().execute(raise_on_error)
         return replies
 
     async def _parts(self) -> dict[redis.asyncio.Redis, list[int]]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -73,10 +73,20 @@ async def run_all(client: Control, calls: Sequence[Call[T]]) -> list[T | Excepti
 
     For very many, one after the other: a round trip of redis-py costs several times what a command in a pipeline does.
     """
+    return await answers_of(client, calls, await send_all(client, [call.command() for call in calls]))
+
+
+async def send_all(client: Control, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Commands in one round trip (on a cluster, one per node): the reply of each, or what redis-py made of an error."""
     async with client.pipeline(transaction=False) as pipe:
-        for call in calls:
-            pipe.execute_command(*call.command())
-        replies = await pipe.execute(raise_on_error=False)
+        for command in commands:
+            pipe.execute_command(*command)
+        replies: list[Any] = await pipe.execute(raise_on_error=False)
+    return replies
+
+
+async def answers_of(client: Control, calls: Sequence[Call[T]], replies: Sequence[Any]) -> list[T | Exception]:
+    """As `run_all`, of scripts that `send_all` has sent."""
     answers: list[T | Exception] = []
     for call, reply in zip(calls, replies, strict=True):
         try:

@@ -15,7 +15,7 @@ import redis.exceptions
 from millstream.broker import control_scripts
 from millstream.broker.codec import codec_for
 from millstream.broker.complaints import Complaints
-from millstream.broker.connection import Control, explained, ping, run, run_all
+from millstream.broker.connection import Control, answers_of, explained, ping, run, run_all, send_all
 from millstream.broker.keys import DeploymentKeys, Keys, deployment_tag
 from millstream.broker.link import REFUSED, foreign
 from millstream.broker.records import (
@@ -325,18 +325,16 @@ class Registry:
         return found
 
     async def _looks(self, deployments: Sequence[tuple[str, str]]) -> list[DeploymentView | Exception | None]:
-        """As `view`, of each: two round trips. What it cannot read is in its place, as one of REFUSED."""
+        """As `view`, of each, in one round trip. What it cannot read is in its place, as one of REFUSED."""
         all_keys = [self.keys_of(deployment_tag(*each)) for each in deployments]
-        async with self.client.pipeline(transaction=False) as pipe:
-            for keys in all_keys:
-                for key in (keys.config, keys.status, keys.replicas):
-                    pipe.hgetall(key)
-            hashes = await pipe.execute(raise_on_error=False)
-        backlogs = await run_all(self.client, [control_scripts.backlog(keys) for keys in all_keys])
+        hashes = [("HGETALL", key) for keys in all_keys for key in (keys.config, keys.status, keys.replicas)]
+        calls = [control_scripts.backlog(keys) for keys in all_keys]
+        replies = await send_all(self.client, [*hashes, *[call.command() for call in calls]])
+        backlogs = await answers_of(self.client, calls, replies[len(hashes) :])
         found: list[DeploymentView | Exception | None] = []
         for number, (app, name) in enumerate(deployments):
             try:
-                found.append(self._look(app, name, [*hashes[3 * number : 3 * number + 3], backlogs[number]]))
+                found.append(self._look(app, name, [*replies[3 * number : 3 * number + 3], backlogs[number]]))
             except REFUSED as e:
                 found.append(e)
         return found
@@ -385,17 +383,19 @@ class Registry:
             last_death=read_json_object(last_death) if last_death else None,
         )
 
-    async def views(self, *, with_leaving: bool = False) -> list[DeploymentView]:
+    async def views(
+        self, *, with_leaving: bool = False, records: Mapping[str, AppRecord] | None = None
+    ) -> list[DeploymentView]:
         """Every deployment of every application; also those that have left one, if wanted. What some other program has
-        written over is left out, said once, and `unreadable` then."""
-        views, order = (
-            [],
-            [
-                (record.name, name)
-                for record in (await self.apps()).values()
-                for name in [*record.deployments, *(record.leaving if with_leaving else ())]
-            ],
-        )
+        written over is left out, said once, and `unreadable` then. `records`: what `apps` has just answered."""
+        if records is None:
+            records = await self.apps()
+        order = [
+            (record.name, name)
+            for record in records.values()
+            for name in [*record.deployments, *(record.leaving if with_leaving else ())]
+        ]
+        views = []
         for first in range(0, len(order), VIEWS_AT_ONCE):
             some = order[first : first + VIEWS_AT_ONCE]
             for each, found in zip(some, await self._looks(some), strict=True):

@@ -36,6 +36,7 @@ from millstream.replicas.reconcile import Running, reconcile
 from millstream.replicas.starts import START_FAILURES, Release, Starts
 
 TICK_S = 1.0  # a lost wake-up costs at most this
+LISTEN_S = 60.0  # with no timeout at all, some releases of redis-py take that of the socket
 STALL_S = 2.5  # without an answer of the server: it answers within milliseconds, and is asked every 1.25 s
 MOST_WAVES = 20  # deployments of one application that are drained one after the other, the rest at once
 log = logging.getLogger("millstream.launcher")
@@ -140,7 +141,7 @@ class Launcher:
         async with self._client.pubsub() as subscription:
             await subscription.subscribe(self._registry.keys.node_wake(self.node))
             while True:
-                if await subscription.get_message(ignore_subscribe_messages=True, timeout=TICK_S) is not None:
+                if await subscription.get_message(ignore_subscribe_messages=True, timeout=LISTEN_S) is not None:
                     self._nudge.set()
 
     # one pass

@@ -3,10 +3,11 @@
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 from millstream.broker import control_scripts
+from millstream.broker.call import Call
+from millstream.broker.connection import run_all
 from millstream.broker.records import NodeRecord, ReplicaRecord
 from millstream.broker.registry import Registry
 from millstream.broker.supplying import Run
@@ -32,37 +33,37 @@ class Membership:
         by_tag: dict[str, list[str]] = {}
         for process in replicas:
             by_tag.setdefault(process.tag, []).append(process.replica)
-        work: list[Callable[[], Awaitable[None]]] = [self._renew_node]
-        work += [partial(self.lease, tag, *names) for tag, names in by_tag.items()]
-        if self._registry.settings.is_cluster:
-            await self._all_at_once(work)
-        else:
-            for renew in work:
-                await renew()
-
-    async def _all_at_once(self, work: Iterable[Callable[[], Awaitable[None]]]) -> None:
-        """Leases on other nodes must not expire while one node does not answer."""
-
-        async def in_time(renew: Callable[[], Awaitable[None]]) -> None:
-            try:
-                async with asyncio.timeout(self._ttl_s / 3):
-                    await renew()
-            except TimeoutError as e:
-                raise BrokerUnavailableError("a node of the cluster does not answer") from e
-
-        ends = await asyncio.gather(*[in_time(renew) for renew in work], return_exceptions=True)
-        for error in [end for end in ends if end is not None]:
-            raise error
-
-    async def _renew_node(self) -> None:
-        await self._run(control_scripts.renew([self._registry.keys.node_lease(self._node)], self._ttl_s, self._node))
+        calls = [self._lease_of([self._registry.keys.node_lease(self._node)])]
         if self._record:
-            await self._run(control_scripts.enlist(self._registry.keys.nodes, self._node, self._record))
+            calls.append(control_scripts.enlist(self._registry.keys.nodes, self._node, self._record))
+        calls += [self._replica_leases(tag, names) for tag, names in by_tag.items()]
+        if self._registry.settings.is_cluster:
+            ends = await asyncio.gather(*map(self._in_time, calls), return_exceptions=True)
+        else:
+            ends = [*await run_all(self._registry.client, calls)]
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+
+    async def _in_time(self, call: Call[int]) -> int:
+        """Leases on other nodes of the cluster must not expire while one does not answer."""
+        try:
+            async with asyncio.timeout(self._ttl_s / 3):
+                done: int = await self._run(call)
+                return done
+        except TimeoutError as e:
+            raise BrokerUnavailableError("a node of the cluster does not answer") from e
 
     async def lease(self, tag: str, *replicas: str) -> None:
         """Replicas of one deployment live, for a while."""
+        await self._run(self._replica_leases(tag, replicas))
+
+    def _replica_leases(self, tag: str, replicas: Iterable[str]) -> Call[int]:
         keys = self._registry.keys_of(tag)
-        await self._run(control_scripts.renew([keys.lease(replica) for replica in replicas], self._ttl_s, self._node))
+        return self._lease_of([keys.lease(replica) for replica in replicas])
+
+    def _lease_of(self, leases: list[str]) -> Call[int]:
+        return control_scripts.renew(leases, self._ttl_s, self._node)
 
     async def enlist(self, process: ReplicaProcess) -> None:
         """A replica was started; what it says of itself goes before this."""

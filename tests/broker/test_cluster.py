@@ -13,7 +13,7 @@ from millstream.broker import cluster as cluster_module
 from millstream.broker import control_scripts, scripts
 from millstream.broker.bulk import Bulk
 from millstream.broker.cluster import ClusterLink, SlotMap, dial, dial_everywhere, read_map, seeds
-from millstream.broker.connection import DOWN, Control, open_control, ping, run
+from millstream.broker.connection import DOWN, Control, open_control, ping, run, run_all
 from millstream.broker.keys import LANES, DeploymentKeys
 from millstream.broker.leaks import find_leaks
 from millstream.broker.link import Link
@@ -333,3 +333,9 @@ async def test_control_client_follows_a_slot_that_has_moved(cluster: Cluster, co
             await pipe.execute()
     assert isinstance(caught.value, DOWN)  # who has a loop of its own comes again
     assert await control.hget(keys.config, "version") == b"v"
+
+    await asyncio.to_thread(cluster.move, keys.open)
+
+    with pytest.raises(DOWN):  # where errors are among the replies, this is no such error
+        await run_all(control, [control_scripts.sweep(keys)])
+    assert await run(control, control_scripts.sweep(keys))  # alone, it looks for the slot itself

@@ -91,10 +91,10 @@ async def test_outage_in_the_midst_of_the_views_is_an_outage(
     await seed_shop(redis, settings)
     registry = Registry(redis, settings)
 
-    async def lose(client: Control, calls: object) -> None:
+    async def lose(client: Control, commands: object) -> None:
         raise BrokerUnavailableError("gone")
 
-    monkeypatch.setattr(registry_module, "run_all", lose)
+    monkeypatch.setattr(registry_module, "send_all", lose)
 
     with pytest.raises(DOWN):
         await registry.views()

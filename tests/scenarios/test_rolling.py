@@ -164,6 +164,7 @@ def test_requests_for_a_method_of_the_next_version_wait_for_it(tmp_path: Path) -
     handle = serve.get_deployment_handle("Model", sync=True)
     with pytest.raises(MethodNotFoundError, match="available methods: __call__"):
         handle.fresh.call(0)
+    wait_for_health("Model")  # a replica that died in the test before may still be on record
 
     deploying = threading.Thread(target=serve.run, args=[model(1)])
     deploying.start()
