@@ -1,12 +1,11 @@
-"""millstream, one replica, all settings as they come. `submit`: nothing sends in bulk; `remote` in a loop, refs awaited."""
+"""millstream, one replica, all settings as they come. `submit`: `map_refs`, which returns when the server has all."""
 
-import asyncio
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.peers.measure import PATIENCE_S, measure, measure_serial_blocking, run
-from millstream import serve
+from millstream import ObjectRef, serve
 
 
 @serve.deployment
@@ -21,14 +20,14 @@ app = Echo.bind()
 class Peer:
     def __init__(self) -> None:
         self._handle = serve.get_deployment_handle("Echo")
-        self._queued = self._handle.options(block_until="queued")
+        self._refs: list[ObjectRef[Any]] = []  # kept: who wants no result uses another verb, or frees it later
         self.call = self._handle.call
 
     async def all(self, values: Iterable[Any]) -> list[Any]:
         return [value async for value in self._handle.map(values)]
 
     async def submit(self, values: Iterable[Any]) -> None:
-        await asyncio.gather(*[self._queued.remote(value) for value in values])
+        self._refs += await self._handle.map_refs(values)
 
 
 async def main() -> None:
