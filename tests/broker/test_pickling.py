@@ -135,6 +135,16 @@ def test_what_main_defines_travels_by_value() -> None:
     assert load_elsewhere(data, "value[0].add()") == "42"
 
 
+def test_code_that_travels_by_value_says_which_file_it_is_from() -> None:
+    def here() -> Any:
+        return lambda: None
+
+    there = pickling.load(pickling.dump(here, "a function"))
+
+    assert there.__code__.co_filename == there().__code__.co_filename == __file__
+    assert pickling.dump(there, "it") == pickling.dump(there, "it again")
+
+
 def test_function_of_main_travels_by_value() -> None:
     data = dump_in_main("""
         def helper(x): return x + 1
