@@ -137,7 +137,7 @@ class ReplicaProcess:
         self.started_at = self.well_at = time.monotonic()
         self.kill_at: float | None = None
         self._when_orphaned: Callable[[ReplicaProcess], None] | None = None
-        self._pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+        self._pidfd = _pidfd_of(pid)
 
     @property
     def is_updating(self) -> bool:
@@ -170,7 +170,8 @@ class ReplicaProcess:
         await self.control.send({"update": current.revision, "config": current.config.to_json()})
 
     def watch(self, on_death: Callable[["ReplicaProcess"], None]) -> None:
-        """Call `on_death(self)` once, about a millisecond after the process ends (on the closing of its socket elsewhere)."""
+        """Call `on_death(self)` once, about a millisecond after the process ends; by the closing of its socket, while
+        `listen` runs, where there are no pidfds, or where it had ended and was reaped before we could get one."""
         loop = asyncio.get_running_loop()
         if self._pidfd is None:
             self._when_orphaned = on_death
@@ -204,3 +205,13 @@ class ReplicaProcess:
         self.condemned = self.condemned or why
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+
+
+def _pidfd_of(pid: int) -> int | None:
+    """None where there are none, or no such process any more: its parent is quicker than we are now and then."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,3 +85,20 @@ async def test_first_reason_to_kill_it_is_the_cause_of_its_death(
     assert process.condemned == "killed: ill"
     assert killed == [os.getpid()] * 3
     await asyncio.sleep(0)
+
+
+async def test_process_that_was_reaped_before_it_could_be_watched_has_died_after_its_last_words() -> None:
+    ours, theirs = socket.socketpair()
+    gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await gone.wait()
+    parent: Any = None
+    process = ReplicaProcess("r-1", "app.Model", config("c0"), gone.pid, parent, Control(ours))
+    deaths: list[tuple[ReplicaProcess, Any]] = []
+
+    process.watch(lambda dead: deaths.append((dead, dead.failure)))
+    await Control(theirs).send({"failed": "no model", "traceback": "..."})
+    theirs.close()
+    await process.listen(ReplicaProcess.hear)
+
+    assert deaths == [(process, ("no model", "..."))]
+    ours.close()
