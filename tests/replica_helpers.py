@@ -134,8 +134,12 @@ class Hosted:
         finally:
             self._listening.cancel()
             await asyncio.wait([self._listening])
-            for sock in self._sockets:
-                sock.close()
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close both ends. Twice is as once."""
+        for sock in self._sockets:
+            sock.close()
 
     @property
     def is_over(self) -> bool:
@@ -203,8 +207,10 @@ class Stage:
 
     async def drain(self) -> None:
         """Drain those that are not over."""
-        for one in [one for one in self._hosted if not one.is_over]:
-            await one.drain()
+        for one in self._hosted:
+            if not one.is_over:
+                await one.drain()
+            one.hang_up()
 
 
 class Serving:

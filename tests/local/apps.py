@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from millstream import DeploymentHandle, ObjectRef, SyncHandle, serve
@@ -224,6 +225,7 @@ class Newer:
         await asyncio.Event().wait()
 
     def forever_in_a_thread(self, until: str) -> None:
+        Path(f"{until}.began").touch()
         while not os.path.exists(until):
             time.sleep(0.005)
 

@@ -297,6 +297,8 @@ def test_thread_that_is_cancelled_does_not_hold_up_the_next_request_where_it_may
     before = handle.where.call()
     ref = handle.forever_in_a_thread.options(kill_on_cancel=True).remote(str(tmp_path / "go"))
 
+    # A replica has it, but no thread may yet: then its replica need not end.
+    wait_for((tmp_path / "go.began").exists, what="its thread to begin")
     assert ref.cancel()
 
     # The order to end and the next request come by two connections, so that one more may still run here.
