@@ -10,7 +10,7 @@ from millstream.broker.keys import deployment_tag
 from millstream.handles import arguments, context, engines
 from millstream.handles.engine import Engine
 from millstream.handles.options import HandleOptions, checked
-from millstream.handles.route import Pending, Request, Route
+from millstream.handles.route import FIELDS, Pending, Request, Route
 from millstream.handles.sending import CANNOT_BE_SENT, Make, P, Row, named
 
 
@@ -111,17 +111,18 @@ class BaseHandle:
         caller = context.current.get()
         is_plain = self._is_plain and (caller is None or not caller.model_id)
         bodies = arguments.encode_rows(rows) if is_plain else [None] * len(rows)
-        plain: list[Pending] = []
-        requests: list[Any] = []
-        codec, lane, method, extras = route.codec, self._lane, self._method, self._plain
-        seal, now = route.sealer(method), engine.now()
-        for number, (ref, body) in enumerate(zip(engine.new_refs(len(rows)), bodies, strict=True), first):
-            pending = make(codec, ref, now, number)
-            sent.append(pending)
-            if body is not None:
-                plain.append(pending)
-                requests += (ref, lane, method, extras, seal(ref, body))
+        codec, seal, now = route.codec, route.sealer(self._method), engine.now()
+        refs = engine.new_refs(len(rows))
+        pendings = [make(codec, ref, now, number) for number, ref in enumerate(refs, first)]
+        sent += pendings
+        plain: list[Pending] = [*pendings]
+        if None in bodies:
+            plain = [pending for pending, body in zip(pendings, bodies, strict=True) if body is not None]
+            refs = [pending.ref for pending in plain]
         if plain:
+            requests: list[Any] = [None, self._lane, self._method, self._plain, None] * len(plain)  # flat, five of each
+            requests[::FIELDS] = refs
+            requests[FIELDS - 1 :: FIELDS] = map(seal, refs, filter(None, bodies))
             self._send_plain_rows(engine, route, plain, requests, until_queued)
             if caller is not None:
                 for one in plain:

@@ -32,8 +32,8 @@ class _Refs:
         self._is_shared = handle._options.idempotency_key is not None
 
     def add(self, cells: list[Cell]) -> None:
-        engine = self._engine
-        refs = [ObjectRef(cell.ref_id, cell, engine) for cell in cells]
+        engine, prefix = self._engine, f"{cells[0].codec.tag}~"
+        refs = [ObjectRef(prefix + cell.ref.decode(), cell, engine) for cell in cells]
         if self._is_shared:
             for ref in refs:
                 ref.share()
@@ -42,8 +42,9 @@ class _Refs:
 
     def next_unconfirmed(self, most: int) -> Cell | None:
         """The first that the server may not have, if there are more than `most` of them. Raises if it never will."""
-        while len(self._cells) - self._confirmed > most:
-            cell = self._cells[self._confirmed]
+        cells, count = self._cells, len(self._cells)
+        while count - self._confirmed > most:
+            cell = cells[self._confirmed]
             if not cell.is_matched:
                 return cell
             if not cell.has_ended:
