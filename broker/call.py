@@ -5,7 +5,6 @@ Both deal with NOSCRIPT themselves.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any, Generic, TypeVar
@@ -36,14 +35,13 @@ def script(name: str) -> Script:
     return Script(name)
 
 
-@dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """A script with its keys and arguments, and how to read what it answers."""
 
-    script: Script
-    keys: Sequence[str]
-    arguments: Sequence[Any]
-    read: Callable[[Any], T]
+    __slots__ = ("arguments", "keys", "read", "script")
+
+    def __init__(self, script: Script, keys: Sequence[str], arguments: Sequence[Any], read: Callable[[Any], T]) -> None:
+        self.script, self.keys, self.arguments, self.read = script, keys, arguments, read
 
     def command(self) -> tuple[Any, ...]:
         return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)

@@ -245,6 +245,24 @@ class DeploymentKeys:
         return f"{self.prefix}orders:"
 
     @cached_property
+    def of_submit(self) -> tuple[str, ...]:
+        """What `submit.lua` names, in its order."""
+        return (
+            self.config, self.open, self.result_prefix, self.prefix, self.notes, self.deadlines, self.payload_prefix,
+        )  # fmt: skip
+
+    @cached_property
+    def of_finish(self) -> dict[str, tuple[str, ...]]:
+        """What `finish.lua` names, in its order, by lane."""
+        return {
+            lane: (
+                self.lane(lane), self.open, self.notes, self.result_prefix, self.reply_prefix,
+                self.deadlines, self.holds, self.payload_prefix, self.value_prefix,
+            )
+            for lane in LANES
+        }  # fmt: skip
+
+    @cached_property
     def owned(self) -> tuple[str, ...]:
         """The keys that `delete` removes with the deployment (results stay until their TTL)."""
         return (

@@ -52,6 +52,7 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._leaving: asyncio.Transport | None = None  # after `finish`
         self._sent_scripts: set[Script] = set()
+        self._held: list[bytes] | None = None  # what is written together, while there is such
         self.client_id = 0
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -98,27 +99,41 @@ class Link(asyncio.Protocol):
             callback(BrokerUnavailableError("the connection to the server is down"))
             return
         self._callbacks.append(callback)
-        self._transport.write(pack(command))
+        if self._held is None:
+            self._transport.write(pack(command))
+        else:
+            self._held.append(pack(command))
+
+    def hold(self) -> None:
+        """Write nothing until `let_go`: several commands then take one system call here, and one in the server."""
+        self._held = []
+
+    def let_go(self) -> None:
+        held, self._held = self._held, None
+        if held and self._transport is not None:
+            self._transport.write(b"".join(held))
 
     def ask(self, *command: Any) -> asyncio.Future[Any]:
         """As `send`, with a future. Cancelling it does not take the command back."""
         future: asyncio.Future[Any] = self.lost.get_loop().create_future()
-        self.send(functools.partial(self._settle, future), *command)
+        self.send(functools.partial(self.settle, future), *command)
         return future
 
     def start(self, call: Call[T], callback: Callable[[T | Exception], None]) -> None:
         """Run a script; `callback` gets its reply as read by the call, or an exception instance."""
 
-        def read(reply: Any) -> None:
-            try:
-                answer: T | Exception = call.read(reply)
-            except (ValueError, TypeError, IndexError, AttributeError) as e:  # the script hands on what stands in Redis
-                answer = foreign(str(e))
-            callback(answer)
-
         def replied(reply: Any) -> None:
             if not isinstance(reply, Exception):
-                read(reply)
+                try:
+                    answer: T | Exception = call.read(reply)
+                except (
+                    ValueError,
+                    TypeError,
+                    IndexError,
+                    AttributeError,
+                ) as e:  # the script hands on what stands in Redis
+                    answer = foreign(str(e))
+                callback(answer)
             elif str(reply).startswith("NOSCRIPT"):
                 self.send(replied, *call.full_command())
             else:
@@ -134,10 +149,11 @@ class Link(asyncio.Protocol):
     def run(self, call: Call[T]) -> asyncio.Future[T]:
         """As `start`, with a future."""
         future: asyncio.Future[T] = self.lost.get_loop().create_future()
-        self.start(call, functools.partial(self._settle, future))
+        self.start(call, functools.partial(self.settle, future))
         return future
 
-    def _settle(self, future: asyncio.Future[Any], reply: Any) -> None:
+    def settle(self, future: asyncio.Future[Any], reply: Any) -> None:
+        """Give a reply to who waits for it, if anybody still does."""
         if future.done():
             return
         if isinstance(reply, Exception):

@@ -93,6 +93,7 @@ class Route:
         "result_prefix",
         "tag",
         "unacknowledged",
+        "was_alone",
     )  # fmt: skip
 
     def __init__(self, settings: Settings, tag: str) -> None:
@@ -107,6 +108,7 @@ class Route:
         self.in_the_air = 0
         self.bytes_in_the_air = 0
         self.unacknowledged: set[Batch] = set()
+        self.was_alone = False  # the last request that was sent
         self._sealers: dict[bytes, Callable[[bytes, bytes], bytes]] = {}
 
     def sealer(self, method: bytes) -> Callable[[bytes, bytes], bytes]:

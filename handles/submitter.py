@@ -64,7 +64,10 @@ class Submitter:
         elif len(buffer) >= FIELDS * FLUSH_REQUESTS or route.buffered_bytes >= FLUSH_BYTES:
             self.flush(route)
         elif route.in_the_air < IN_THE_AIR and len(buffer) == FIELDS:
-            self._hub.loop.call_soon(self.flush, route)
+            if route.was_alone and not route.in_the_air:
+                self.flush(route)  # requests come one by one: nothing else will come in this pass of the loop
+            else:
+                self._hub.loop.call_soon(self.flush, route)
         if route.buffered_bytes > MOST_BUFFERED_BYTES:
             self._refuse_last(route)
 
@@ -72,7 +75,7 @@ class Submitter:
         self, route: Route, pendings: list[Pending], requests: list[Any], until_queued: bool = False
     ) -> None:
         """As `submit`, of many requests, flat, and those who hear of their ends."""
-        self._pending.update({pending.ref: pending for pending in pendings})
+        self._pending.update(zip(requests[::FIELDS], pendings, strict=True))
         if until_queued:
             self._unqueued.update(requests[::FIELDS])
         self.sent += len(pendings)
@@ -192,6 +195,7 @@ class Submitter:
             del route.buffer[: FIELDS * FLUSH_REQUESTS]
             batch = Batch(requests, size_of(requests) if route.buffer else route.buffered_bytes)
             route.buffered_bytes -= batch.size_bytes
+            route.was_alone = len(requests) == FIELDS
             if self._hub.deadlines:
                 shorten_deadlines(requests, self._pending)
             route.in_the_air += 1
@@ -227,10 +231,12 @@ class Submitter:
             self._hub.recovery.keep(route, batch)
             if reply:
                 refs = self._not_new(route, batch, reply)
-            for ref in self._unqueued.intersection(refs) if self._unqueued else ():
-                self._unqueued.discard(ref)
-                if (pending := self._pending.get(ref)) is not None:
-                    pending.match()
+            if self._unqueued:
+                queued = self._unqueued.intersection(refs)
+                self._unqueued -= queued
+                for pending in map(self._pending.get, queued):
+                    if pending is not None:
+                        pending.match()
         if route.buffer:
             self.flush(route)
 

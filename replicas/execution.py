@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from millstream.broker import pickling, remote_errors
 from millstream.broker.codec import REF_BYTES, Codec
+from millstream.broker.link import Link
 from millstream.broker.pickling import Pickled
 from millstream.errors import (
     BrokerUnavailableError,
@@ -26,7 +27,7 @@ from millstream.replicas.expiry import Expiry
 from millstream.replicas.finisher import Finisher
 from millstream.replicas.large import LargeValues
 from millstream.replicas.loader import Method, Served
-from millstream.replicas.pace import Pace
+from millstream.replicas.pace import MOST_PROMPT, Pace
 from millstream.replicas.producing import Producer
 from millstream.replicas.retries import Retries
 from millstream.replicas.streaming import Emitters
@@ -80,7 +81,7 @@ class Executor:
         self._prompt: dict[bytes, _Prompt] = {}  # name -> method, of those that were called before and cannot suspend
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="millstream-sync")
-        self.pace = Pace()
+        self.pace, self.prompt_pace = Pace(), Pace(MOST_PROMPT)  # of what runs in threads; of what cannot suspend
         self.running: dict[tuple[str, bytes], Running] = {}
         self.slot_freed = asyncio.Event()
 
@@ -280,9 +281,9 @@ class Executor:
         """What has been running here since before a moment on the loop's clock, and has not been taken away."""
         return [running for running in self.running.values() if running.since < before and not running.is_taken]
 
-    def flush(self) -> None:
-        """Send the outcomes of what has just been started and has ended already."""
-        self._finisher.flush()
+    def flush(self, over: Link) -> None:
+        """Send the outcomes of what has just been started and has ended already, ahead of what is sent there next."""
+        self._finisher.flush(over)
 
     def close(self) -> None:
         """Cancel what still runs, without an outcome: it runs elsewhere. A thread in user code ends with the process."""

@@ -72,10 +72,10 @@ class Finisher:
             self._is_scheduled = True
             self._loop.call_soon(self._flush)
 
-    def flush(self) -> None:
-        """Send what is to be sent, at once."""
+    def flush(self, over: Link | None = None) -> None:
+        """Send what is to be sent, at once; over a connection on which something else is sent next, if there is one."""
         if self._is_scheduled:
-            self._flush()
+            self._flush(over)
 
     def resume(self, link: Link) -> None:
         """There is a connection (again): send what is waiting."""
@@ -87,9 +87,9 @@ class Finisher:
         if self.link is not None:
             self.link.send(_ignore, "UNLINK", self._keys.value(ref.decode(errors="replace"), entry.decode()))
 
-    def _flush(self) -> None:
+    def _flush(self, over: Link | None = None) -> None:
         self._is_scheduled = False
-        link = self.link
+        link = over or self.link
         if link is None or not link.is_up:
             return
         for lane, outcomes in self._outcomes.items():

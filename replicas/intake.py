@@ -16,6 +16,7 @@ from millstream.replicas.execution import Executor
 # returned or urgent wait. Not by a replica that takes few at a time: there the order counts, and a script costs little.
 DIRECT_READS, DIRECT_S, DIRECT_FROM = 20, 0.01, 8
 FEW, ONE_BY_ONE = 3, 4  # after more idle claims than that, so many are taken one by one
+TOGETHER = 16  # requests: from so many on, the next claim is worth a system call of its own
 log = logging.getLogger("millstream.replica")
 
 
@@ -33,11 +34,17 @@ class Intake:
         may_take_ahead: bool = False,
     ) -> None:
         self._keys, self._replica = keys, replica
-        self._executor, self._block_ms = executor, int(block_s * 1000)
+        self._executor = executor
         self.resize(max_ongoing, may_take_ahead=may_take_ahead)
         self._lane_names = {keys.lane(name).encode(): name for name in LANES}
         self._direct_reads, self._direct_until, self._direct_lane, self._was_direct = 0, 0.0, b"", False
+        # Up to one per lane may come at once.
+        self._blocking_read = (
+            "XREADGROUP", "GROUP", GROUP, replica, "COUNT", 1, "BLOCK", int(block_s * 1000), "STREAMS",
+            *keys.lanes, *[">"] * len(LANES),
+        )  # fmt: skip
         self._idle_claims = 0  # in a row: they have found nothing
+        self._writes: Link | None = None
         self.is_draining = False
         self.is_paused = False  # nothing new starts; what has been claimed goes back to its lane
         self._may_start_more = False  # a claim is in the air, or about to be
@@ -53,8 +60,11 @@ class Intake:
 
     @property
     def _ahead(self) -> int:
-        """So many may be taken beyond that: short ones of a backlog, which wait for a thread here and not in the server."""
-        return self._executor.pace.ahead if self._may_take_ahead and self._is_backlog and not self.is_paused else 0
+        """So many may be taken beyond that: short ones of a backlog, which wait for a thread or for each other here and not
+        in the server."""
+        if self.is_paused or not self._is_backlog:
+            return 0
+        return self._executor.pace.ahead if self._may_take_ahead else self._executor.prompt_pace.ahead
 
     @property
     def is_quiet(self) -> bool:
@@ -68,7 +78,7 @@ class Intake:
 
     async def run(self, reads: Link, writes: Link) -> None:
         """Claim until draining. Raises BrokerUnavailableError when the connection is lost."""
-        self._may_start_more = True
+        self._may_start_more, self._writes = True, writes
         try:
             await self._run(reads, writes)
         finally:
@@ -93,11 +103,26 @@ class Intake:
             if not claimed and self.free > 0 and not self.is_draining:
                 claimed = await self._wait(reads, writes)
                 count = sum(len(entries) for _, entries in claimed)
+            claim = self._start_and_claim(reads, claimed, count)
+        if claim is not None:
+            self._start(self._read(await claim))  # taken before we were told to stop
+
+    def _start_and_claim(self, reads: Link, claimed: list[Any], count: int) -> asyncio.Future[Any] | None:
+        """Start what was claimed, and have the next claim in the air meanwhile; where that is little, its outcomes go out
+        together with the claim, which then finds what has come since."""
+        claim = None
+        if count >= TOGETHER:
             if not self.is_draining:
                 claim = self._claim(reads, count)
             self._start(claimed)
-        if claim is not None:
-            self._start(self._read(await claim))  # taken before we were told to stop
+            return claim
+        reads.hold()
+        self._start(claimed)
+        self._executor.flush(reads)
+        if not self.is_draining:
+            claim = self._claim(reads, 0)
+        reads.let_go()
+        return claim
 
     def _claim(self, reads: Link, about_to_start: int) -> asyncio.Future[Any] | None:
         """Ask for as many as there are free slots; None when there are none."""
@@ -112,7 +137,7 @@ class Intake:
             self._direct_reads -= 1
             command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", count, "STREAMS", self._direct_lane, ">")
             return reads.ask(*command)
-        direct_reads = DIRECT_READS if count >= DIRECT_FROM and not ahead else 0
+        direct_reads = DIRECT_READS if min(count, slots) >= DIRECT_FROM else 0
         return reads.run(scripts.claim(self._keys, self._replica, count, direct_reads))
 
     def _read(self, reply: Any) -> list[Any]:
@@ -139,20 +164,37 @@ class Intake:
         Where requests come one by one, the claim after each finds nothing, and costs the server as much as the request:
         then several are taken one by one. After that, or as soon as there is no free slot, a claim sees what else waits.
         """
-        claimed = await self._within_slots(await self._block(reads), writes)
-        for _ in range(ONE_BY_ONE if self._idle_claims > FEW else 0):
-            self._start(claimed)
-            self._executor.flush()  # ahead of the next wait: nothing else is to come along with it
-            claimed = []
-            if self.free <= 0 or self.is_draining:
-                break
-            claimed = await self._within_slots(await self._block(reads), writes)
-        return claimed
+        came = await self._one_by_one(reads, ONE_BY_ONE if self._idle_claims > FEW else 0)
+        return await self._within_slots(came or [], writes)
 
-    async def _block(self, reads: Link) -> list[Any]:
-        """Wait in the server for the next request; up to one per lane may come at once."""
-        command = ("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", 1, "BLOCK", self._block_ms, "STREAMS")
-        return await reads.ask(*command, *self._keys.lanes, *[">"] * len(LANES)) or []
+    def _one_by_one(self, reads: Link, left: int) -> asyncio.Future[Any]:
+        """Start so many where their replies are read, each outcome sent together with the next read: a caller in a loop
+        waits for every step that a task would take. The reply of the last read, with which nothing was done yet."""
+        last: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def came(reply: Any) -> None:
+            nonlocal left
+            if last.done():  # nobody claims any more
+                return
+            is_one = type(reply) is list and len(reply) == 1 and not self.is_paused
+            if not (is_one and left):
+                reads.settle(last, reply)
+                return
+            left -= 1
+            reads.hold()
+            self._start(reply)
+            self._executor.flush(reads)
+            if self.free > 0 and not self.is_draining:
+                self._read_blocking(reads, came)
+            else:
+                last.set_result([])
+            reads.let_go()
+
+        self._read_blocking(reads, came)
+        return last
+
+    def _read_blocking(self, reads: Link, came: Callable[[Any], None]) -> None:
+        reads.send(came, *self._blocking_read)
 
     async def _within_slots(self, claimed: list[Any], writes: Link) -> list[Any]:
         """What there is a slot for; the surplus goes back to its own lane, as if it had never left."""
@@ -167,12 +209,38 @@ class Intake:
         return kept
 
     def _start(self, claimed: list[Any]) -> None:
-        for lane, entries in claimed:
-            name = self._lane_names[lane]
-            for entry, fields in entries:
-                self._start_one(name, entry, fields)
+        if not claimed:
+            return
+        began, count = time.monotonic(), sum(len(entries) for _, entries in claimed)
+        if count > self._max_ongoing - len(self._executor.running) and not self._may_take_ahead:
+            self._start_while_free(claimed)
+        else:
+            for lane, entries in claimed:
+                self._start_all(self._lane_names[lane], entries)
+        prompt_pace = self._executor.prompt_pace
+        if self._executor.running:
+            prompt_pace.begin_anew()
+        else:
+            prompt_pace.ended_together(count, time.monotonic() - began)
         if self.free < 0 and self._overdue is None and self._may_take_ahead:
             self._overdue = asyncio.get_running_loop().call_later(pace.STILL_S, self._look_after_ahead)
+
+    def _start_while_free(self, claimed: list[Any]) -> None:
+        """Of what was taken ahead, because all that came before ended at once. What would run beside too many that have not
+        ended goes back to its own lane."""
+        for lane, entries in claimed:
+            name = self._lane_names[lane]
+            while entries:
+                free = self._max_ongoing - len(self._executor.running)
+                if free <= 0:
+                    self._hand_back(name, [entry for entry, _ in entries])
+                    break
+                self._start_all(name, entries[:free])  # each takes one slot at most
+                entries = entries[free:]
+
+    def _hand_back(self, lane: str, entries: list[bytes]) -> None:
+        if self._writes is not None:
+            self._writes.start(scripts.hand_back(self._keys, lane, lane, entries), _ignore)
 
     def _look_after_ahead(self) -> None:
         """What was taken ahead goes back if what runs takes longer than what ran before."""
@@ -184,17 +252,22 @@ class Intake:
             elif self.on_overdue is not None:
                 self.on_overdue()
 
-    def _start_one(self, lane: str, entry: bytes, fields: list[bytes]) -> None:
-        try:
-            self._executor.start_entry(lane, entry, fields)
-        except (KeyError, ValueError, TypeError, RecursionError) as e:
-            why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
-            log.error(
-                "entry %s in %s is not a request (%s): some other program wrote it",
-                entry.decode(), self._keys.lane(lane), why,
-            )  # fmt: skip
-            if self.on_unreadable is not None:
-                self.on_unreadable(lane, entry, why)
+    def _start_all(self, lane: str, entries: list[Any]) -> None:
+        start = self._executor.start_entry
+        for entry, fields in entries:
+            try:
+                start(lane, entry, fields)
+            except (KeyError, ValueError, TypeError, RecursionError) as e:
+                self._report_unreadable(lane, entry, e)
+
+    def _report_unreadable(self, lane: str, entry: bytes, error: Exception) -> None:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        log.error(
+            "entry %s in %s is not a request (%s): some other program wrote it",
+            entry.decode(), self._keys.lane(lane), why,
+        )  # fmt: skip
+        if self.on_unreadable is not None:
+            self.on_unreadable(lane, entry, why)
 
     async def reconcile(self, reads: Link, writes: Link) -> None:
         """After a reconnect: run what the server delivered in a reply that never arrived, as far as there are slots."""
@@ -207,6 +280,10 @@ class Intake:
                 slots = max(0, self.free)
                 for entry, fields in unheard_of[:slots]:
                     log.warning("request %s was delivered in a lost reply: it starts now", entry.decode())
-                    self._start_one(name, entry, fields)
+                    self._start_all(name, [(entry, fields)])
                 if surplus := [entry for entry, _ in unheard_of[slots:]]:
                     await writes.run(scripts.hand_back(self._keys, name, name, surplus))
+
+
+def _ignore(answer: object) -> None:
+    """What could not be handed back is found by the next connection."""

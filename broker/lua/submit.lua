@@ -9,6 +9,17 @@
 local open, results, client, call = KEYS[2], KEYS[3], ARGV[1], redis.call
 local config = call('HMGET', KEYS[1], 'max_attempts', 'max_queued', 'timeout_ms')
 if not config[1] then return redis.error_reply('NODEPLOYMENT this deployment does not exist') end
+
+-- One request without anything special, which is new: what follows, written out, as in finish.
+if #ARGV == 7 and ARGV[2] == 'normal' and ARGV[4] == '' and not config[2] and not config[3] then
+  local ref = ARGV[6]
+  if call('HEXISTS', open, ref) == 0 and call('EXISTS', results .. ref) == 0 then
+    local entry = call('XADD', KEYS[4] .. 'normal', '*', 'ref', ref, 'method', ARGV[3], 'reply', client, 'body', ARGV[7])
+    call('HSET', open, ref, 'normal ' .. entry)
+    return {}
+  end
+end
+
 local notes, deadlines, payloads, default_timeout_ms = KEYS[5], KEYS[6], KEYS[7], tonumber(config[3] or nil)
 --include extras
 --include pending

@@ -30,7 +30,11 @@ def described(cls: type) -> dict[str, Any]:
     return {
         name: member
         for name, member in members.items()
-        if (isinstance(member, cached_property) and not name.endswith("prefix") and name not in ("lanes", "owned"))
+        if (
+            isinstance(member, cached_property)
+            and not name.endswith("prefix")
+            and name not in ("lanes", "owned", "of_submit", "of_finish")
+        )
         or (inspect.isfunction(member) and name != "deployment")
     }
 

@@ -8,7 +8,7 @@ import pytest
 from millstream.broker.lease import Lease
 from millstream.config import Settings
 from millstream.handles import engines, lines, sending
-from millstream.replicas import intake, replica
+from millstream.replicas import intake, pace, replica
 from tests.costs.rig import Rig
 from tests.replica_helpers import Serving, keep_one_server
 
@@ -26,6 +26,7 @@ def without_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lease, "look_every_s", NEVER_S)
     monkeypatch.setattr(lines, "LOOK_EVERY_S", NEVER_S)
     monkeypatch.setattr(intake, "DIRECT_S", NEVER_S)
+    monkeypatch.setattr(pace, "AHEAD_S", NEVER_S)  # all requests are short
     monkeypatch.setattr(sending, "ROWS_S", NEVER_S)
 
 

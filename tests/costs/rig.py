@@ -106,16 +106,17 @@ class Rig:
         self.tidy(engines.background().engine)
 
     def _notice_waits(self) -> None:
-        block = self._intake._block
+        read_blocking = self._intake._read_blocking
 
-        async def noticed(reads: Link) -> list[Any]:
-            self._waits = True
-            try:
-                return await block(reads)
-            finally:
+        def noticed(reads: Link, came: Callable[[Any], None]) -> None:
+            def came_in(reply: Any) -> None:
                 self._waits = False
+                came(reply)
 
-        self._intake._block = noticed  # type: ignore[method-assign]
+            self._waits = True
+            read_blocking(reads, came_in)
+
+        self._intake._read_blocking = noticed  # type: ignore[method-assign]
 
     async def _hold(self) -> None:
         self._intake.is_paused = True

@@ -14,11 +14,11 @@ BOUNDS: dict[Workload, dict[str, float]] = {
     MAP: {
         "XADD": 1,  # 1
         "SETEX": 1,  # 1
-        "other commands in scripts": 0.32,  # 0.273
+        "other commands in scripts": 0.24,  # 0.204
         "submit scripts": 0.037,  # 0.0315: 32 requests in each
-        "claim scripts": 0.002,  # 0.0015: the others are direct reads
-        "claims and reads": 0.026,  # 0.0215: 50 requests in each
-        "finish scripts": 0.024,  # 0.020: 50 requests in each
+        "claim scripts": 0.002,  # 0.001: the others are direct reads
+        "claims and reads": 0.010,  # 0.007: 200 requests in each
+        "finish scripts": 0.013,  # 0.0105: 100 requests in each
         "other commands sent": 0.003,  # 0.002: UNLINK of 500 results each
         "bytes to the server": 270,  # 233
         "bytes from the server": 335,  # 289
@@ -26,11 +26,11 @@ BOUNDS: dict[Workload, dict[str, float]] = {
     SYNC_MAP: {
         "XADD": 1,  # 1
         "SETEX": 1,  # 1
-        "other commands in scripts": 0.32,  # 0.273
+        "other commands in scripts": 0.24,  # 0.204
         "submit scripts": 0.037,  # 0.0315
-        "claim scripts": 0.002,  # 0.0015: the others are direct reads
-        "claims and reads": 0.026,  # 0.0215
-        "finish scripts": 0.024,  # 0.020
+        "claim scripts": 0.002,  # 0.001: the others are direct reads
+        "claims and reads": 0.010,  # 0.007
+        "finish scripts": 0.013,  # 0.0105
         "other commands sent": 0.003,  # 0.002
         "bytes to the server": 270,  # 233
         "bytes from the server": 335,  # 289
@@ -38,10 +38,10 @@ BOUNDS: dict[Workload, dict[str, float]] = {
     CONCURRENT_CALLS: {
         "XADD": 1,  # 1
         "SETEX": 1,  # 1
-        "other commands in scripts": 0.56,  # 0.47 to 0.49
+        "other commands in scripts": 0.56,  # 0.43 to 0.49
         "submit scripts": 0.036,  # 0.0313: 2 for 64 requests, as the first goes out at once
-        "claim scripts": 0.038,  # 0.027 to 0.032
-        "claims and reads": 0.08,  # 0.057 to 0.068: 5 for 64 requests would be 0.078
+        "claim scripts": 0.038,  # 0.020 to 0.032
+        "claims and reads": 0.08,  # 0.052 to 0.068: 5 for 64 requests would be 0.078
         "finish scripts": 0.036,  # 0.0313: 2 for 64 requests
         "other commands sent": 0.004,  # 0.003
         "bytes to the server": 285,  # 240 to 246
@@ -57,7 +57,7 @@ BOUNDS: dict[Workload, dict[str, float]] = {
         "finish scripts": 1,  # 1
         "other commands sent": 0.004,  # 0.0033
         "bytes to the server": 1420,  # 1224: two scripts name their 16 keys
-        "bytes from the server": 475,  # 408
+        "bytes from the server": 475,  # 400
     },
     MAP_REFS: {
         "XADD": 1,  # 1

@@ -80,7 +80,11 @@ def spelled() -> dict[str, str]:
     found = {}
     for keys in (Keys("ms"), DeploymentKeys("ms", "<tag>")):
         for name, member in vars(type(keys)).items():
-            if isinstance(member, cached_property) and member.func.__doc__ and name != "owned":
+            if (
+                isinstance(member, cached_property)
+                and member.func.__doc__
+                and name not in ("owned", "of_submit", "of_finish")
+            ):
                 found[getattr(keys, name)] = first_words(member.func)
             elif inspect.isfunction(member) and not name.startswith("_") and name != "deployment":
                 _, *arguments = inspect.signature(member).parameters

@@ -1,6 +1,7 @@
-"""A replica that runs short requests in threads has the next ones at hand; nobody is the worse for it."""
+"""A replica whose requests are short has the next ones at hand; nobody is the worse for it."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -59,8 +60,8 @@ async def hold_with_others_ahead(stage: Stage, redis: Control, gate: Gate, ran: 
     """One runs and waits, and as many as may be were taken ahead. The refs of those that have not run."""
     await stage.start(Model, gate, ran)
     refs = await stage.submit(redis, *range(2 * pace.PROVEN), HOLD, *[f"late {x}" for x in range(others)])
+    await wait_until(lambda: gate.inside == 1)
     await wait_until(lambda: is_taken(stage, redis, 1 + min(pace.MOST, others)))
-    assert gate.inside == 1
     return refs[2 * pace.PROVEN + 1 :]
 
 
@@ -162,6 +163,91 @@ async def test_urgent_one_waits_only_for_those_that_were_taken_before(stage: Sta
 
     await wait_until(lambda: is_done(stage, redis))
     assert ran.index("urgent") <= 2 * pace.PROVEN + 1 + 2 * pace.MOST
+
+
+# what cannot suspend, and so ends where it is called
+
+
+class Prompt:
+    """One of its methods ends at once, another one takes a slot for as long as the gate is shut."""
+
+    def __init__(self, gate: Gate, ran: list[Any]) -> None:
+        self._gate, self._ran = gate, ran
+
+    async def __call__(self, x: Any) -> Any:
+        self._ran.append(x)
+        return x
+
+    async def held(self, x: Any) -> Any:
+        await self._gate.wait()
+        self._ran.append(x)
+        return x
+
+    async def slow(self, x: Any) -> Any:
+        time.sleep(2 * pace.AHEAD_S)  # noqa: ASYNC251 - what is not to be done, and is
+        self._ran.append(x)
+        return x
+
+
+def note_claims(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many of a batch the replica starts, from now on."""
+    intake, counts = intake_of(stage), list[int]()
+    start = intake._start
+
+    def noted(claimed: list[Any]) -> None:
+        counts.append(sum(len(entries) for _, entries in claimed))
+        start(claimed)
+
+    monkeypatch.setattr(intake, "_start", noted)
+    return counts
+
+
+async def test_more_than_the_slots_are_taken_of_what_ends_at_once_and_all_run_in_order(
+    stage: Stage, redis: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, ran = Gate(), Ran()
+    await stage.start(Prompt, gate, ran, max_ongoing_requests=40)
+    counts = note_claims(stage, monkeypatch)
+
+    await stage.submit(redis, *range(1000))
+    await wait_until(lambda: is_done(stage, redis))
+
+    assert ran == [*range(1000)]
+    assert max(counts) == (40 + pace.MOST_PROMPT) // 2
+
+
+async def test_of_what_takes_its_time_no_more_than_the_slots_are_taken(
+    stage: Stage, redis: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "AHEAD_S", 0.001)
+    gate, ran = Gate(), Ran()
+    await stage.start(Prompt, gate, ran, max_ongoing_requests=10)
+    counts = note_claims(stage, monkeypatch)
+
+    await stage.submit(redis, *range(60), method="slow")
+    await wait_until(lambda: is_done(stage, redis))
+
+    assert ran == [*range(60)]
+    assert max(counts) <= 5
+
+
+@pytest.mark.parametrize("limit", [1, 7])
+async def test_never_more_run_than_allowed_when_those_that_follow_do_not_end_at_once(
+    stage: Stage, redis: Control, limit: int
+) -> None:
+    gate, ran = Gate(), Ran()
+    await stage.start(Prompt, gate, ran, max_ongoing_requests=limit)
+
+    await stage.submit(redis, *range(200))
+    await stage.submit(redis, *[f"held {x}" for x in range(200)], method="held")
+
+    await wait_until(lambda: gate.inside == limit)
+    await wait_until(lambda: is_taken(stage, redis, limit))  # the surplus is back in its lane
+    gate.open()
+    await wait_until(lambda: is_done(stage, redis))
+    assert gate.most == limit
+    assert ran[:200] == [*range(200)]
+    assert Counter(ran[200:]) == Counter(f"held {x}" for x in range(200))
 
 
 def intake_of(stage: Stage) -> Any:

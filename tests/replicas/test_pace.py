@@ -1,8 +1,8 @@
-"""How many requests may be taken ahead of those that run in threads: decided by how quickly others ended."""
+"""How many requests may be taken ahead of those that run: decided by how quickly others ended."""
 
 import pytest
 
-from millstream.replicas.pace import AHEAD_S, MOST, PROVEN, STILL_S, Pace
+from millstream.replicas.pace import AHEAD_S, MOST, MOST_PROMPT, PROVEN, STILL_S, Pace
 
 
 def after(*durations_s: float) -> Pace:
@@ -57,3 +57,25 @@ def test_it_stands_still_when_nothing_has_ended_for_long_and_then_nothing_more_i
     assert pace.ahead == MOST
     assert pace.stands_still(1.0 + STILL_S)
     assert pace.ahead == 0
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ([(PROVEN - 1, 0.0001)], 0),
+        ([(PROVEN, 0.0001)], MOST_PROMPT),
+        ([(50, 50 * AHEAD_S / 100)], 100),
+        ([(50, 0.0001), (50, 1.1 * AHEAD_S)], 0),
+        ([(50, 0.0001), (50, 1.1 * AHEAD_S), (PROVEN, 0.0001)], MOST_PROMPT),
+        ([(1, 0.0001)] * PROVEN, 50),
+    ],
+)
+def test_of_those_that_end_together_as_many_as_end_within_the_time(
+    batches: list[tuple[int, float]], expected: int
+) -> None:
+    pace = Pace(MOST_PROMPT)
+
+    for count, took_s in batches:
+        pace.ended_together(count, took_s)
+
+    assert pace.ahead == pytest.approx(expected, abs=1)

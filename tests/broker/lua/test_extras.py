@@ -1,7 +1,6 @@
 """extras.lua, in submit.lua and hold.lua: what a caller asks beyond the usual; and what makes no sense writes nothing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,7 +245,7 @@ async def test_group_that_is_not_as_long_as_it_says_is_refused_and_nothing_writt
     before = await read_everything(redis)
 
     with pytest.raises(ResponseError, match="BADREQUEST a group is"):
-        await run(redis, replace(call, arguments=(*call.arguments, *arguments)))
+        await run(redis, Call(call.script, call.keys, (*call.arguments, *arguments), call.read))
 
     assert await read_everything(redis) == before
 
