@@ -39,6 +39,7 @@ CONNECT_TIMEOUT_S = 5.0  # a server that does not even answer AUTH for so long i
 pack = hiredis.pack_command
 # The server said no, or what it holds is not of ours: no outage, and no reason to end.
 REFUSED = (redis.exceptions.ResponseError, hiredis.ReplyError, SignatureError)
+NOT_OURS = (ValueError, TypeError, IndexError, AttributeError)  # what comes of reading something of another shape
 log = logging.getLogger("millstream.broker")
 
 
@@ -126,12 +127,7 @@ class Link(asyncio.Protocol):
             if not isinstance(reply, Exception):
                 try:
                     answer: T | Exception = call.read(reply)
-                except (
-                    ValueError,
-                    TypeError,
-                    IndexError,
-                    AttributeError,
-                ) as e:  # the script hands on what stands in Redis
+                except NOT_OURS as e:  # the script hands on what stands in Redis
                     answer = foreign(str(e))
                 callback(answer)
             elif str(reply).startswith("NOSCRIPT"):
@@ -363,9 +359,12 @@ async def in_time(settings: Settings, connecting: Callable[[], Awaitable[Link]])
     any fault of the server: it is told by a second try.
     """
     try:
+        # Not `wait_for`: before Python 3.12 it forgets that it is cancelled where what it waits for has just ended.
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(connecting(), CONNECT_TIMEOUT_S)
-        return await asyncio.wait_for(connecting(), CONNECT_TIMEOUT_S)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                return await connecting()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await connecting()
     except UNREACHABLE as e:
         raise cannot_reach(settings, e) from e
 

@@ -9,6 +9,7 @@ import hiredis
 import pytest
 import redis.exceptions
 
+from millstream.broker import cluster
 from millstream.broker import link as link_module
 from millstream.broker.cluster import dial_everywhere
 from millstream.broker.connection import Control
@@ -52,6 +53,22 @@ async def test_replies_come_in_the_order_of_the_commands(link: Link) -> None:
     await link.ask("PING")
 
     assert replies == [str(number).encode() for number in range(1000)]
+
+
+async def test_commands_that_are_held_go_out_together_and_in_order(settings: Settings) -> None:
+    link = await cluster.dial(settings, "test-link", near=HOME)
+    replies: list[Any] = []
+
+    link.hold()
+    for number in range(10):
+        collect(link, "ECHO", str(number), into=replies)
+    await asyncio.sleep(0.01)
+    assert replies == []
+    link.let_go()
+    await link.ask("PING")
+
+    assert replies == [str(number).encode() for number in range(10)]
+    link.close()
 
 
 async def test_error_goes_to_its_own_command_only(link: Link) -> None:
@@ -222,6 +239,32 @@ async def test_machine_that_stood_still_while_it_connected_tries_again(
     assert await link.ask("PING") == b"PONG"
     assert tries == [server.url] * 2
     link.close()
+
+
+@pytest.mark.parametrize("passes", range(4))
+async def test_whoever_is_cancelled_while_a_connection_comes_about_is_cancelled_at_any_moment(
+    link: Link, settings: Settings, passes: int
+) -> None:
+    comes_about = asyncio.get_running_loop().create_future()
+
+    async def connecting() -> Link:
+        await comes_about
+        return link
+
+    async def live() -> None:
+        await link_module.in_time(settings, connecting)
+        await asyncio.Event().wait()
+
+    life = asyncio.create_task(live())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    comes_about.set_result(None)
+    for _ in range(passes):
+        await asyncio.sleep(0)
+    life.cancel()
+
+    await asyncio.wait([life], timeout=2)
+    assert life.cancelled()
 
 
 async def test_something_that_is_no_redis_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
