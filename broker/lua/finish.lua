@@ -10,9 +10,10 @@
 local open, notes, results, replies, ttl_s = KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[2]
 local deadlines, holds, payloads = KEYS[6], KEYS[7], KEYS[8]
 
--- One small outcome, where no request has anything beside its place: what follows, written out. Its functions and tables cost
--- as much as the commands, and who calls in a loop waits for them each time.
-if #ARGV == 8 and #ARGV[8] < 4000 and string.byte(ARGV[8]) ~= 64 and redis.call('EXISTS', notes, deadlines, holds) == 0 then
+-- One outcome that is small (with its header less than INLINE_BYTES), where no request has anything beside its place: what
+-- follows, written out. Its functions and tables cost almost as much as the commands, and who calls in a loop waits for them.
+if #ARGV == 8 and ARGV[5] == '1' and #ARGV[8] < 4000 and string.byte(ARGV[8]) ~= 64
+  and redis.call('EXISTS', notes, deadlines, holds) == 0 then
   local client, entry, ref = ARGV[3], ARGV[6], ARGV[7]
   local place = ARGV[1] .. ' ' .. entry
   if redis.call('HGET', open, ref) == place then

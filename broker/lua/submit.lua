@@ -11,7 +11,7 @@ local config = call('HMGET', KEYS[1], 'max_attempts', 'max_queued', 'timeout_ms'
 if not config[1] then return redis.error_reply('NODEPLOYMENT this deployment does not exist') end
 
 -- One request without anything special, which is new: what follows, written out, as in finish.
-if #ARGV == 7 and ARGV[2] == 'normal' and ARGV[4] == '' and not config[2] and not config[3] then
+if #ARGV == 7 and ARGV[5] == '1' and ARGV[2] == 'normal' and ARGV[4] == '' and not config[2] and not config[3] then
   local ref = ARGV[6]
   if call('HEXISTS', open, ref) == 0 and call('EXISTS', results .. ref) == 0 then
     local entry = call('XADD', KEYS[4] .. 'normal', '*', 'ref', ref, 'method', ARGV[3], 'reply', client, 'body', ARGV[7])

@@ -237,15 +237,17 @@ async def test_lane_that_does_not_exist_is_refused_and_writes_nothing(redis: Con
         ("normal", b"m", "", 1, new_ref(), b"body", "more"),
     ],
 )
+@pytest.mark.parametrize("is_alone", [True, False])
 async def test_group_that_is_not_as_long_as_it_says_is_refused_and_nothing_written(
-    redis: Control, keys: DeploymentKeys, arguments: Sequence[Any]
+    redis: Control, keys: DeploymentKeys, arguments: Sequence[Any], is_alone: bool
 ) -> None:
     await deploy_config(redis, keys)
     call = scripts.submit(keys, CALLER, request(new_ref()))
     before = await read_everything(redis)
 
+    others = call.arguments[:1] if is_alone else call.arguments
     with pytest.raises(ResponseError, match="BADREQUEST a group is"):
-        await run(redis, Call(call.script, call.keys, (*call.arguments, *arguments), call.read))
+        await run(redis, Call(call.script, call.keys, (*others, *arguments), call.read))
 
     assert await read_everything(redis) == before
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from redis.exceptions import ResponseError
 
 from millstream.broker import scripts
+from millstream.broker.call import Call
 from millstream.broker.connection import Control, run
 from millstream.broker.keys import GROUP, DeploymentKeys
 from millstream.broker.scripts import Finished, Waiter
@@ -31,16 +33,23 @@ async def release(redis: Control, keys: DeploymentKeys, one: Claimed, replica: s
     await run(redis, scripts.release(keys, one.lane, replica, "killed", expired=False))
 
 
+@pytest.mark.parametrize("is_alone", [True, False])  # the script has a short way for one without others
 @pytest.mark.parametrize("state", ["succeeded", "failed"])
 async def test_outcome_is_stored_for_its_time_and_nothing_else_is_left(
-    redis: Control, keys: DeploymentKeys, state: str
+    redis: Control, keys: DeploymentKeys, state: str, is_alone: bool
 ) -> None:
     await deploy_config(redis, keys)
     (one,) = await seed_running(redis, keys)
+    if not is_alone:
+        await redis.hset(keys.notes, f"{new_ref()}:readers", "somebody")
 
-    answer = await finish(redis, keys, one, state=state, value=b"\x01p\r\n\x00value", ttl_s=7)
+    async with open_inbox(redis, keys) as inbox:
+        answer = await finish(redis, keys, one, state=state, value=b"\x01p\r\n\x00value", ttl_s=7)
+        told = await inbox.take()
 
+    await redis.delete(keys.notes)
     assert answer == ({}, [])
+    assert told == {one.ref: f"{state} normal {one.entry.decode()}\n".encode() + b"\x01p\r\n\x00value"}
     assert await read_result(redis, keys, one.ref) == (f"{state} normal {one.entry.decode()}", b"\x01p\r\n\x00value")
     assert 0 < await redis.pttl(keys.result(one.ref)) <= 7000
     assert await redis.hlen(keys.open) == await redis.xlen(keys.lane("normal")) == 0
@@ -66,6 +75,23 @@ async def test_repeated_finish_is_told_done_and_changes_nothing(redis: Control, 
     refused, _ = await finish(redis, keys, one, value=b"a second value")
 
     assert refused == {0: Finished.DONE}
+    assert await read_everything(redis) == before
+
+
+@pytest.mark.parametrize("count", [0, 2, 0.5, "many"])
+async def test_group_that_is_not_as_long_as_it_says_is_refused_and_nothing_written(
+    redis: Control, keys: DeploymentKeys, count: object
+) -> None:
+    await deploy_config(redis, keys)
+    (one,) = await seed_running(redis, keys)
+    good = scripts.finish(keys, "normal", 7, [one.entry, one.ref, CALLER, "succeeded", b"value"])
+    arguments = [*good.arguments]
+    arguments[4] = count
+    before = await read_everything(redis)
+
+    with pytest.raises(ResponseError, match="BADREQUEST a group is"):
+        await run(redis, Call(good.script, good.keys, arguments, good.read))
+
     assert await read_everything(redis) == before
 
 

@@ -62,13 +62,14 @@ async def test_batch_keeps_its_order(redis: Control, keys: DeploymentKeys) -> No
     assert [one.ref for one in await claim(redis, keys, 1000)] == refs
 
 
-async def test_repeated_submit_is_told_open_and_adds_nothing(redis: Control, keys: DeploymentKeys) -> None:
+@pytest.mark.parametrize("lane", ["normal", "high"])
+async def test_repeated_submit_is_told_open_and_adds_nothing(redis: Control, keys: DeploymentKeys, lane: str) -> None:
     await deploy_config(redis, keys)
     ref = new_ref()
     await run(redis, scripts.submit(keys, CALLER, request(ref)))
     before = await read_everything(redis)
 
-    answers = await run(redis, scripts.submit(keys, CALLER, request(ref, body=b"another body", lane="high")))
+    answers = await run(redis, scripts.submit(keys, CALLER, request(ref, body=b"another body", lane=lane)))
 
     assert answers == {0: Submitted.OPEN}
     assert await read_everything(redis) == before
