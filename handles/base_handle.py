@@ -120,7 +120,9 @@ class BaseHandle:
             plain = [pending for pending, body in zip(pendings, bodies, strict=True) if body is not None]
             refs = [pending.ref for pending in plain]
         if plain:
-            requests: list[Any] = [None, self._lane, self._method, self._plain, None] * len(plain)  # flat, five of each
+            requests: list[Any] = [None, self._lane, self._method, self._plain, None] * len(
+                plain
+            )  # flat: FIELDS of each
             requests[::FIELDS] = refs
             requests[FIELDS - 1 :: FIELDS] = map(seal, refs, filter(None, bodies))
             self._send_plain_rows(engine, route, plain, requests, until_queued)

@@ -281,6 +281,10 @@ class Executor:
         """What has been running here since before a moment on the loop's clock, and has not been taken away."""
         return [running for running in self.running.values() if running.since < before and not running.is_taken]
 
+    def expect_flush(self) -> None:
+        """Keep the outcomes of what is started now for `flush`."""
+        self._finisher.expect_flush()
+
     def flush(self, over: Link) -> None:
         """Send the outcomes of what has just been started and has ended already, ahead of what is sent there next."""
         self._finisher.flush(over)

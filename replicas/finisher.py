@@ -72,8 +72,12 @@ class Finisher:
             self._is_scheduled = True
             self._loop.call_soon(self._flush)
 
-    def flush(self, over: Link | None = None) -> None:
-        """Send what is to be sent, at once; over a connection on which something else is sent next, if there is one."""
+    def expect_flush(self) -> None:
+        """Whoever calls this will call `flush`, in this pass of the loop: none need be scheduled for what ends until then."""
+        self._is_scheduled = True
+
+    def flush(self, over: Link) -> None:
+        """Send what is to be sent, at once, over a connection on which something else is sent next."""
         if self._is_scheduled:
             self._flush(over)
 

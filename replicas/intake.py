@@ -4,13 +4,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from millstream.broker import scripts
 from millstream.broker.keys import GROUP, LANES, DeploymentKeys
 from millstream.broker.link import Link
 from millstream.replicas import pace
 from millstream.replicas.execution import Executor
+
+T = TypeVar("T")
 
 # Between two looks at all lanes, a deep one is read directly so many times, and for so long: so long does what is
 # returned or urgent wait. Not by a replica that takes few at a time: there the order counts, and a script costs little.
@@ -110,19 +112,22 @@ class Intake:
     def _start_and_claim(self, reads: Link, claimed: list[Any], count: int) -> asyncio.Future[Any] | None:
         """Start what was claimed, and have the next claim in the air meanwhile; where that is little, its outcomes go out
         together with the claim, which then finds what has come since."""
-        claim = None
-        if count >= TOGETHER:
-            if not self.is_draining:
-                claim = self._claim(reads, count)
-            self._start(claimed)
-            return claim
-        reads.hold()
+        if count < TOGETHER:
+            return self._start_and_ask(reads, claimed, lambda: None if self.is_draining else self._claim(reads, 0))
+        claim = None if self.is_draining else self._claim(reads, count)
         self._start(claimed)
-        self._executor.flush(reads)
-        if not self.is_draining:
-            claim = self._claim(reads, 0)
-        reads.let_go()
         return claim
+
+    def _start_and_ask(self, reads: Link, claimed: list[Any], ask: Callable[[], T]) -> T:
+        """Start what was claimed. Its outcomes go out in one write with what is asked next."""
+        reads.hold()
+        self._executor.expect_flush()
+        try:
+            self._start(claimed)
+            self._executor.flush(reads)
+            return ask()
+        finally:
+            reads.let_go()
 
     def _claim(self, reads: Link, about_to_start: int) -> asyncio.Future[Any] | None:
         """Ask for as many as there are free slots; None when there are none."""
@@ -181,14 +186,13 @@ class Intake:
                 reads.settle(last, reply)
                 return
             left -= 1
-            reads.hold()
-            self._start(reply)
-            self._executor.flush(reads)
+            self._start_and_ask(reads, reply, go_on)
+
+        def go_on() -> None:
             if self.free > 0 and not self.is_draining:
                 self._read_blocking(reads, came)
             else:
                 last.set_result([])
-            reads.let_go()
 
         self._read_blocking(reads, came)
         return last

@@ -116,6 +116,43 @@ async def test_call_is_bounded_in_number_and_bytes(
     assert {await read_state(redis, keys, one.ref) for one in claimed} == {"succeeded"}
 
 
+async def test_outcome_goes_out_when_whoever_wanted_to_flush_does_and_not_before(
+    redis: Control, keys: DeploymentKeys, finisher: Finisher, settings: Settings
+) -> None:
+    (one,) = await seed_running(redis, keys)
+    other = await dial_everywhere(settings, "test-reads")
+
+    finisher.expect_flush()
+    finish(finisher, one)
+    await asyncio.sleep(0)
+    assert await read_state(redis, keys, one.ref) == "running"
+    finisher.flush(other)
+
+    await wait_until(lambda: finisher.is_idle)
+    assert await read_state(redis, keys, one.ref) == "succeeded"
+    other.close()
+
+
+async def test_outcome_that_was_lost_with_another_connection_is_sent_again(
+    redis: Control, keys: DeploymentKeys, finisher: Finisher, settings: Settings
+) -> None:
+    (one,) = await seed_running(redis, keys)
+    other = await dial_everywhere(settings, "test-reads")
+
+    finisher.expect_flush()
+    finish(finisher, one)
+    other.hold()
+    finisher.flush(other)
+    other.close()
+    await other.lost
+    assert not finisher.is_idle
+    assert finisher.link is not None
+    finisher.resume(finisher.link)
+
+    await wait_until(lambda: finisher.is_idle)
+    assert await read_state(redis, keys, one.ref) == "succeeded"
+
+
 async def test_outcome_waits_for_a_connection(
     redis: Control, keys: DeploymentKeys, finisher: Finisher, settings: Settings
 ) -> None:
