@@ -30,6 +30,7 @@ from millstream.replicas.loader import Method, Served
 from millstream.replicas.pace import MOST_PROMPT, Pace
 from millstream.replicas.producing import Producer
 from millstream.replicas.retries import Retries
+from millstream.replicas.running import InThread, Raised, Running, await_it, call_it
 from millstream.replicas.streaming import Emitters
 from millstream.replicas.versions import OtherVersions
 
@@ -41,20 +42,6 @@ class _Prompt(NamedTuple):
 
     open: Callable[[bytes, bytes], Any]
     function: Callable[..., Any]
-
-
-class Running:
-    """An attempt that has not ended at once."""
-
-    __slots__ = ("attempt", "future", "has_begun", "is_taken", "job", "request", "since", "timer")
-
-    def __init__(self, attempt: Attempt, request: Request, since: float) -> None:
-        self.attempt, self.request, self.since = attempt, request, since
-        self.future: asyncio.Future[Any] | None = None
-        self.job: Any = None  # of the thread that runs it, if one does
-        self.timer: asyncio.TimerHandle | None = None  # of its deadline
-        self.has_begun = True  # its code: what it raises is its own
-        self.is_taken = False  # cancelled, timed out or given to another replica: its outcome is nobody's
 
 
 class Executor:
@@ -142,10 +129,10 @@ class Executor:
             return
         running = Running(attempt, request, self._loop.time())
         if method.is_async:
-            self._follow(running, self._loop.create_task(_await(method.function, args, kwargs)))
+            self._follow(running, self._loop.create_task(await_it(method.function, args, kwargs)))
         else:
-            running.job = self._threads.submit(contextvars.copy_context().run, _call, method.function, args, kwargs)
-            self._follow(running, _InThread(running.job, self._loop))
+            running.job = self._threads.submit(contextvars.copy_context().run, call_it, method.function, args, kwargs)
+            self._follow(running, InThread(running.job, self._loop))
         if attempt.more:
             self._notice(attempt)
 
@@ -204,9 +191,9 @@ class Executor:
         if attempt.max_ahead is not None:
             return await self._run_stream(running, call, attempt.max_ahead, is_async=method.is_async)
         if method.is_async:
-            return await _await(call, (), {})
-        running.job = self._threads.submit(contextvars.copy_context().run, _call, call, (), {})
-        return await _InThread(running.job, self._loop)
+            return await await_it(call, (), {})
+        running.job = self._threads.submit(contextvars.copy_context().run, call_it, call, (), {})
+        return await InThread(running.job, self._loop)
 
     async def _run_stream(self, running: Running, call: Callable[[], Any], max_ahead: int, *, is_async: bool) -> Any:
         attempt = running.attempt
@@ -222,7 +209,7 @@ class Executor:
                 await emitter.go_on()
             return await Producer(emitter, self._threads, started).run(call, is_async=is_async)
         except (SystemExit, KeyboardInterrupt) as e:
-            return _Raised(e)
+            return Raised(e)
         finally:
             emitter.end()
 
@@ -354,7 +341,7 @@ class Executor:
                 self._failed(attempt, error)
         else:
             result = done.result()
-            if isinstance(result, _Raised):
+            if isinstance(result, Raised):
                 self._raised(attempt, result.error)
             else:
                 self._succeeded(attempt, result)
@@ -444,36 +431,3 @@ def _explained(error: Exception, value: Any, result_of: str) -> Exception:
             f"{result_of} is a generator; call the method with handle.stream(...), or options(stream=True)"
         )
     return error
-
-
-class _Raised(NamedTuple):
-    """What a method raised: a StopIteration cannot travel through a future, and a SystemExit in a task ends the loop."""
-
-    error: BaseException
-
-
-async def _await(function: Any, args: Any, kwargs: Any) -> Any:
-    try:
-        return await function(*args, **kwargs)
-    except (SystemExit, KeyboardInterrupt) as e:
-        return _Raised(e)
-
-
-def _call(function: Any, args: Any, kwargs: Any) -> Any:
-    try:
-        return function(*args, **kwargs)
-    except BaseException as e:
-        return _Raised(e)
-
-
-class _InThread(asyncio.Future[Any]):
-    """The loop's view of a call in a thread."""
-
-    def __init__(self, job: Any, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self.job = job
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._copy))
-
-    def _copy(self) -> None:
-        if not self.done() and not self.job.cancelled():
-            self.set_result(self.job.result())

@@ -13,7 +13,8 @@ from typing import Any
 from millstream.broker import outcomes, scripts
 from millstream.broker.keys import DeploymentKeys
 from millstream.broker.supplying import Run, Supplier
-from millstream.replicas.execution import Executor, Running
+from millstream.replicas.execution import Executor
+from millstream.replicas.running import Running
 from millstream.replicas.streaming import Emitters, Place
 
 LOOK_AFTER_S = 1.0  # what has run no longer has surely been delivered to us
